@@ -1,0 +1,66 @@
+# Everything here works from a fresh clone with Python 3.11+, make and a C compiler. `make help` lists the targets.
+#   PYTHON=python3.12   the interpreter that creates .venv (default: python3)
+#   ARGS='...'          passed on to the command behind `run` and `test`
+
+SHELL = /bin/sh
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+UNIT := not ray and not s3 and not k8s and not gpu and not slow
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check lint format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP)  ## create .venv with the pinned versions; does nothing when it is up to date
+
+run: $(STAMP)  ## train the digits ResNet on an embedded cluster (ARGS="--set seed=2")
+	@$(BIN)/orchestrator run jobs.vision:digits $(ARGS)
+
+test: $(STAMP)  ## every test this machine can run (ARGS="-k resume")
+	@echo '==> pytest'
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint  ## the fast part: format, lint, types, layers, unit tests
+	@echo '==> pytest (unit tests)'
+	@$(BIN)/python -m pytest -q -m '$(UNIT)' $(ARGS)
+
+lint: $(STAMP)  ## check format, lint, types and layers; change nothing
+	@echo '==> ruff format'
+	@$(BIN)/ruff format --check --quiet --diff .
+	@echo '==> ruff check'
+	@$(BIN)/ruff check --quiet .
+	@echo '==> mypy'
+	@$(BIN)/mypy
+	@echo '==> import-linter'
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)  ## rewrite the sources the way lint wants them
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+clean:  ## remove .venv, builds and caches; runs/ and data/ stay
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find orchestrator jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	@echo 'clean: done'
+
+# torch goes first and by itself: DeepSpeed is built from source, and everything else must settle on this torch.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or newer ($$($(PYTHON) --version 2>&1))." >&2; \
+	  echo "       Name one that is: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo '==> .venv: creating it with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "error: $(PYTHON) cannot create environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo '==> .venv: installing torch (the largest part)'
+	@$(PIP) install --quiet --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@echo '==> .venv: installing everything else'
+	@$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo '==> .venv: ready'

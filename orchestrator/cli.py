@@ -1,0 +1,192 @@
+"""The command line: the only reader of argv, and the only module that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator import __version__
+from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.launching.driver import RunRequest
+    from orchestrator.planning.plan import Plan
+    from orchestrator.telemetry.progress import Display
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Train PyTorch models on a Ray cluster: you bring a model, data and a recipe that works.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="What to run, as module:function.")]
+Args = Annotated[
+    list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="A parameter of the job's function.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field, as in scale.workers=4.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="An existing Ray cluster; otherwise RAY_ADDRESS, or one of its own."),
+]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout; all else goes to stderr.")]
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 the run failed or was stopped, 2 the request is wrong."""
+    try:
+        app()
+    except OrchestratorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    job: JobArgument,
+    arg: Args = None,
+    override: Overrides = None,
+    address: Address = None,
+    fresh: Annotated[bool, typer.Option(help="Start anew; an earlier run of this name is moved aside.")] = False,
+    force_config: Annotated[bool, typer.Option(help="Go on although the configuration has changed.")] = False,
+    from_checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on from this checkpoint; newer ones are set aside.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train JOB to its end; the same command again continues a run that was stopped or killed."""
+    from orchestrator.launching import driver
+
+    request = _request(job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint)
+    with _display(as_json) as display:
+        summary = driver.run(request, _Watcher(display))
+    _finish(summary, as_json)
+
+
+@app.command()
+def plan(
+    job: JobArgument,
+    arg: Args = None,
+    override: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `run` would do, without starting anything."""
+    from orchestrator.launching import driver
+    from orchestrator.telemetry.planned import plan_lines
+
+    made, folder = driver.plan_job(_request(job, arg, override, address))
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print("\n".join([*plan_lines(made), f"  {'folder':<8} {folder}"]))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Folder that holds, or will hold, the folders of runs.")] = Path("runs"),
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what would break a run here: versions, accelerators, cluster, storage, leftovers."""
+    from orchestrator.launching.doctor import breaks_a_run, examine
+
+    findings = examine(folder=folder, address=address)
+    if as_json:
+        print(json.dumps([{**vars(finding)} for finding in findings], indent=2))
+    else:
+        _print_findings(findings)
+    if breaks_a_run(findings):
+        raise typer.Exit(1)
+
+
+class _Watcher:
+    """Shows a run on a display."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self.step: Callable[[Mapping[str, Any]], None] = display.step
+        self.evaluation: Callable[[Mapping[str, Any]], None] = display.evaluation
+        self.note: Callable[[str], None] = display.note
+
+    def planned(self, plan: Plan, folder: Path) -> None:
+        from orchestrator.telemetry.planned import plan_lines
+
+        self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
+
+
+def _request(
+    job: str,
+    args: list[str] | None,
+    overrides: list[str] | None,
+    address: str | None,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    checkpoint: str | None = None,
+) -> RunRequest:
+    from orchestrator.launching.driver import RunRequest
+
+    return RunRequest(
+        job=job,
+        args=tuple(args or ()),
+        overrides=tuple(overrides or ()),
+        address=address,
+        fresh=fresh,
+        force_config=force,
+        from_checkpoint=checkpoint,
+    )
+
+
+def _display(as_json: bool) -> Display:
+    from orchestrator.telemetry.progress import Display
+
+    stream = sys.stderr if as_json else sys.stdout
+    return Display(stream, interactive=stream.isatty(), interval_s=2.0, clock=time.monotonic)
+
+
+def _finish(summary: Mapping[str, Any], as_json: bool) -> None:
+    from orchestrator.telemetry.progress import summary as summary_lines
+
+    text = summary_lines(summary)
+    if summary["state"] == "stopped":
+        text += "\nrun the same command again to go on from the checkpoint"
+    print(text, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary))
+    if summary["state"] == "stopped":
+        raise typer.Exit(1)
+
+
+def _print_findings(findings: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "what was found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.check, marks[finding.status], finding.detail, finding.remedy)
+    Console(soft_wrap=False).print(table)

@@ -1,0 +1,115 @@
+"""The one exception tree; every error a user can meet is one of these.
+
+OrchestratorError                 exit code 1 unless said otherwise
+├── RequestError                  exit code 2: the request is wrong, nothing was started
+│   ├── ConfigError               a field of the config: its name, its value and the remedy
+│   ├── JobError                  the job cannot be found, imported or called
+│   ├── DataError                 missing, empty or unreadable data
+│   ├── ClusterError              no such cluster, or one too small
+│   ├── RunFolderError            folder unwritable, or it belongs to a different config
+│   ├── RunBusyError              another live process owns the run
+│   └── CheckpointError           a checkpoint that fails its checks
+└── RunError                      the run started and then failed
+    ├── NonFiniteLossError        loss or gradient became NaN or infinite
+    ├── FencedError               a newer attempt owns the run's folder
+    ├── UserCodeError             the job's own code raised
+    └── WorkerLostError           workers died more often than the budget allows
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = [
+    "CheckpointError",
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "FencedError",
+    "JobError",
+    "NonFiniteLossError",
+    "OrchestratorError",
+    "RequestError",
+    "RunBusyError",
+    "RunError",
+    "RunFolderError",
+    "UserCodeError",
+    "WorkerLostError",
+    "did_you_mean",
+    "explain_oserror",
+]
+
+
+class OrchestratorError(Exception):
+    """Root of the tree; ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class RequestError(OrchestratorError):
+    """The request is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(RequestError):
+    """A config field has an impossible or unknown value."""
+
+
+class JobError(RequestError):
+    """The job cannot be found, imported, called, or does not return a ``Job``."""
+
+
+class DataError(RequestError):
+    """Data is missing, empty, corrupt, or lacks a column."""
+
+
+class ClusterError(RequestError):
+    """The cluster cannot be reached or cannot hold the run."""
+
+
+class RunFolderError(RequestError):
+    """The run's folder cannot be used for this run."""
+
+
+class RunBusyError(RequestError):
+    """Another live process owns the run's folder."""
+
+
+class CheckpointError(RequestError):
+    """A checkpoint is missing a file or fails its hashes."""
+
+
+class RunError(OrchestratorError):
+    """The run started and then failed."""
+
+
+class NonFiniteLossError(RunError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class FencedError(RunError):
+    """This process belongs to an attempt that has been superseded."""
+
+
+class UserCodeError(RunError):
+    """The job's own code raised; the message carries rank, step and the user's frame."""
+
+
+class WorkerLostError(RunError):
+    """Workers died more often than ``failures.max_restarts`` allows."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return ``" (did you mean X?)"`` for a near miss, always followed by the valid names."""
+    choices = sorted(valid)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}valid: {', '.join(choices)}"
+
+
+def explain_oserror(path: Path, error: OSError) -> str:
+    """One clear sentence for an operating-system error at ``path``."""
+    return f"{path}: {error.strerror or error}"

@@ -1,0 +1,164 @@
+"""The Ray cluster a run uses: one that exists, or one embedded in the command that lives and dies with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from orchestrator.errors import ClusterError
+from orchestrator.planning.cluster import ClusterShape
+
+__all__ = ["RayCluster", "address_of", "embedded_shape"]
+
+CONNECT_S = 5.0
+# Ray reads these at import or start; what the user has set stays.
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a job's relative paths mean what they mean on the command line
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def address_of(address: str | None) -> str | None:
+    """The existing cluster to use: as given, else ``RAY_ADDRESS``, else None for an embedded one."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+def embedded_shape() -> ClusterShape:
+    """What an embedded cluster on this machine offers, without starting it."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    accelerators, name = _local_accelerators()
+    return ClusterShape(nodes=1, cpus=cpus, accelerators=accelerators, accelerator=name)
+
+
+class RayCluster:
+    """A connection to Ray, made by ``connect`` and left by leaving its context."""
+
+    def __init__(self, shape: ClusterShape, *, embedded: bool) -> None:
+        self.shape = shape
+        self.embedded = embedded
+
+    @classmethod
+    @contextlib.contextmanager
+    def connect(cls, address: str | None, *, log: Path) -> Iterator[RayCluster]:
+        """Connect to ``address``, or start an embedded cluster where it is None. Ray's own words go to ``log``.
+
+        Raises:
+            ClusterError: it cannot be reached; the message says how to look.
+        """
+        if address is not None:
+            _check_reachable(address)
+        _set_environment(embedded=address is None)
+        import ray
+
+        with _noise_in(log):
+            try:
+                _init(address)
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                where = f"the Ray cluster at {address}" if address else "an embedded Ray cluster"
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ClusterError(f"cannot use {where}: {first}; `orchestrator doctor` looks closer") from error
+            try:
+                yield cls(embedded_shape() if address is None else _shape(), embedded=address is None)
+            finally:
+                ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        return
+    shape = embedded_shape()
+    ray.init(
+        address="local",
+        num_cpus=int(shape.cpus),
+        num_gpus=shape.accelerators,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=256 * 2**20,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
+    )
+
+
+def _set_environment(*, embedded: bool) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if embedded and "RAY_AUTH_MODE" not in os.environ:
+        # A fresh token for each embedded cluster, in no file: other users of the machine cannot submit work to it.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _shape() -> ClusterShape:
+    import ray
+
+    resources: Mapping[str, float] = ray.cluster_resources()
+    names = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
+    return ClusterShape(
+        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        cpus=resources.get("CPU", 0.0),
+        accelerators=int(resources.get("GPU", 0)),
+        accelerator=sorted(names)[0] if names else "",
+    )
+
+
+def _local_accelerators() -> tuple[int, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0, ""
+    return torch.cuda.device_count(), torch.cuda.get_device_name(0).removeprefix("NVIDIA ").split(" ")[0].split("-")[0]
+
+
+def _check_reachable(address: str) -> None:
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{address}: Ray Client is not supported; run on the cluster with `ray job submit --address "
+            "http://HEAD:8265 --working-dir . -- python -m orchestrator run ...`"
+        )
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ClusterError(f"address {address!r}: write it as HOST:PORT, as in 10.0.0.1:6379, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}): check the address, or leave "
+            "--address and RAY_ADDRESS out to use this machine"
+        ) from None
+
+
+@contextlib.contextmanager
+def _noise_in(log: Path) -> Iterator[None]:
+    """Send what Ray logs in this process to a file instead of the user's terminal."""
+    logger = logging.getLogger("ray")
+    handler = logging.FileHandler(log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before, propagated = list(logger.handlers), logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    # ray.init installs its own terminal handler once, when it first configures logging: this one stands already.
+    logger.addFilter(lambda _: _only(logger, handler))
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before, propagated
+        handler.close()
+
+
+def _only(logger: logging.Logger, handler: logging.Handler) -> bool:
+    logger.handlers[:] = [handler]
+    return True

@@ -1,0 +1,106 @@
+"""What went wrong in a worker, written down before it ends, and what is to be done about it."""
+
+from __future__ import annotations
+
+import json
+import linecache
+import re
+import sysconfig
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator import errors
+from orchestrator.errors import OrchestratorError, RequestError, UserCodeError
+from orchestrator.storage.folder import RunFolder, write_json
+
+__all__ = ["Failure", "describe", "read_failures", "to_error", "write_failure"]
+
+Kind = Literal["request", "run", "user", "memory", "peer"]
+# A rank whose peer died fails in its next collective; the words are gloo's, NCCL's and torch's own.
+PEER_LOST = re.compile(
+    r"connection (closed|reset|refused)|peer|gloo|nccl|socket|broken pipe|timed? ?out|store", re.IGNORECASE
+)
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|std::bad_alloc", re.IGNORECASE)
+OURS = str(Path(__file__).resolve().parents[1])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One worker's last words. ``step`` is the optimizer step it was in, counted from 1."""
+
+    rank: int
+    step: int
+    kind: Kind
+    error: str
+    message: str
+    frame: str
+    trace: str
+
+    @property
+    def is_collateral(self) -> bool:
+        """Whether the worker only noticed that another one had gone."""
+        return self.kind == "peer"
+
+
+def describe(error: BaseException, *, rank: int, step: int) -> Failure:
+    """Classify ``error`` and find the user's own frame in its traceback."""
+    return Failure(
+        rank=rank,
+        step=step,
+        kind=_kind(error),
+        error=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        frame=_user_frame(error),
+        trace="".join(traceback.format_exception(error)),
+    )
+
+
+def write_failure(folder: RunFolder, failure: Failure) -> None:
+    """Leave ``failure`` in the run's folder for the driver."""
+    write_json(folder.failures / f"rank-{failure.rank:05d}.json", asdict(failure))
+
+
+def read_failures(folder: RunFolder) -> list[Failure]:
+    """What the workers of the last attempt left, causes before collateral, lowest rank first."""
+    found = [Failure(**json.loads(path.read_text())) for path in sorted(folder.failures.glob("rank-*.json"))]
+    return sorted(found, key=lambda failure: (failure.is_collateral, failure.rank))
+
+
+def to_error(failure: Failure) -> OrchestratorError:
+    """The exception that the command ends with: the worker's own where it is one of ours."""
+    own = getattr(errors, failure.error, None)
+    if failure.kind in ("request", "run") and isinstance(own, type) and issubclass(own, OrchestratorError):
+        return own(failure.message)
+    where = f"rank {failure.rank}, step {failure.step}"
+    frame = f"\n{failure.frame}" if failure.frame else ""
+    remedy = (
+        "\nset a smaller layout.micro_batch, or layout.activation_checkpointing=true"
+        if failure.kind == "memory"
+        else ""
+    )
+    return UserCodeError(f"{failure.error} on {where}: {failure.message}{frame}{remedy}\n\n{failure.trace.rstrip()}")
+
+
+def _kind(error: BaseException) -> Kind:
+    if isinstance(error, RequestError):
+        return "request"
+    if isinstance(error, OrchestratorError):
+        return "run"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return "memory"
+    in_collective = any("distributed" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    if isinstance(error, RuntimeError) and in_collective and PEER_LOST.search(str(error)):
+        return "peer"
+    return "user"
+
+
+def _user_frame(error: BaseException) -> str:
+    """``file:line in function: code`` of the innermost frame that is neither ours nor a library's."""
+    libraries = {OURS, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*libraries, "<")) and frame.lineno is not None:
+            line = linecache.getline(frame.filename, frame.lineno).strip()
+            return f"  {frame.filename}:{frame.lineno} in {frame.name}\n    {line}"
+    return ""

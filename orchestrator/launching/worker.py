@@ -1,0 +1,162 @@
+"""What each Ray Train worker runs: from the job to a trained model, with every failure written down."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.job import Job
+from orchestrator.launching.failures import describe, write_failure
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.storage.fence import Fence
+from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.telemetry.records import read
+
+__all__ = ["Order", "work"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the driver hands to every worker."""
+
+    job: Job
+    root: Path
+    shape: ClusterShape
+    driver: str
+    """Names the driver that gave the order: a worker whose driver has been replaced does not begin."""
+
+
+def work(order: dict[str, Order]) -> None:
+    """Entry point of a worker; ``order["order"]`` is the ``Order``."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    folder = RunFolder(order["order"].root)
+    with _output_in(folder.logs / f"worker-{rank}.log"):
+        worker = _Worker(order["order"], folder, rank, world_size)
+        try:
+            worker.train()
+        except BaseException as error:
+            write_failure(folder, describe(error, rank=rank, step=worker.step + 1))
+            raise
+
+
+class _Worker:
+    def __init__(self, order: Order, folder: RunFolder, rank: int, world_size: int) -> None:
+        self._order = order
+        self._folder = folder
+        self._rank = rank
+        self._world_size = world_size
+        self._recorder: Any = None
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that was taken."""
+        return 0 if self._recorder is None else int(self._recorder.last_step)
+
+    def train(self) -> None:
+        """Train to the end; rank 0 leaves the outcome in the run's folder."""
+        from orchestrator.training.loop import train
+
+        fence, attempt = self._fence()
+        run = self._training(fence, attempt)
+        outcome = train(run)
+        if self._rank == 0:
+            run.recorder.end(outcome.state, outcome.reason)
+            state = "stopped" if outcome.stopped else "finished"
+            write_json(self._folder.outcome, {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()})
+        fence.release()
+
+    def _fence(self) -> tuple[Fence, int]:
+        """Rank 0 ends every earlier attempt's right to write and numbers this one; all ranks join it."""
+        import torch.distributed as dist
+
+        word: list[Any] = [None]
+        if self._rank == 0:
+            token = Fence.begin(self._folder.root, driver=self._order.driver)
+            started = [r for r in read(self._folder.attempts) if r["event"] == "started"]
+            for stale in self._folder.failures.glob("rank-*.json"):
+                stale.unlink()
+            word = [(token, len(started) + 1)]
+        dist.broadcast_object_list(word, src=0)
+        token, attempt = word[0]
+        return Fence(self._folder.root, token), attempt
+
+    def _training(self, fence: Fence, attempt: int) -> Any:
+        from orchestrator.training.checkpoint import Checkpoints
+        from orchestrator.training.data import open_dataset
+        from orchestrator.training.engine import Engine
+        from orchestrator.training.loop import Training
+        from orchestrator.training.recorder import Recorder
+
+        task = self._order.job.task
+        datasets = task.datasets()
+        train_set = open_dataset(datasets.train)
+        evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+        config = _for_workers(self._order.job.config, self._world_size)
+        evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
+        plan = make_plan(config, self._order.shape, train_samples=len(train_set), evaluation_samples=evaluation_samples)
+        if self._rank == 0:
+            write_json(self._folder.plan, plan.to_dict())
+        self._recorder = Recorder(self._folder, fence, plan, rank=self._rank, attempt=attempt)
+        return Training(
+            config=config,
+            plan=plan,
+            task=task,
+            engine=Engine(task, config, plan, device=_device(plan)),
+            train_set=train_set,
+            evaluation_set=evaluation_set,
+            checkpoints=Checkpoints(self._folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan)),
+            recorder=self._recorder,
+            rank=self._rank,
+            stop_requested=self._folder.stop_request.exists,
+        )
+
+
+def _for_workers(config: RunConfig, workers: int) -> RunConfig:
+    """The config at the number of workers that Ray gave: an elastic range becomes a number."""
+    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers})})
+
+
+def _layout_key(plan: Plan) -> dict[str, Any]:
+    return {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+
+
+def _device(plan: Plan) -> Any:
+    """This worker's device. Never the CPU in silence where an accelerator was planned."""
+    import torch
+    from ray.train.torch import get_device
+
+    device = get_device()
+    if device.type != plan.device:
+        raise RuntimeError(f"planned for {plan.device}, but this worker's torch sees {device.type}: check its drivers")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _output_in(path: Path) -> Iterator[None]:
+    """Send all this process prints, in any language, to ``path``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, file in zip((1, 2), saved, strict=True):
+                os.dup2(file, target)
+                os.close(file)

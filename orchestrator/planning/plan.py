@@ -1,0 +1,205 @@
+"""From a config and the size of cluster and data to a Plan: everything decided before launch, with its reasons."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from orchestrator.config import RunConfig, Stop
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.layout import Layout, lay_out
+
+__all__ = ["Plan", "Standing", "make_plan"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+# Compute capability below 8.0 (Ampere) has no bf16 units: NVIDIA's CUDA programming guide, table of arithmetic.
+WITHOUT_BF16 = ("V100", "P100", "T4", "P4", "K80", "RTX-2080")
+
+
+class Standing(Protocol):
+    """Where a run stands: the few numbers that decide whether it is finished."""
+
+    @property
+    def progress(self) -> float: ...
+    @property
+    def train_time_s(self) -> float: ...
+    @property
+    def evaluation(self) -> dict[str, float] | None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before launch.
+
+    ``train_samples`` and ``evaluation_samples`` are data-set sizes; ``length`` is the run's length in
+    reference samples, or None where only time or a target ends it; ``evaluate_every`` is in reference samples.
+    """
+
+    name: str
+    layout: Layout
+    reference_batch: int
+    zero_stage: Literal[0, 1, 2, 3]
+    offload: Literal["none", "optimizer", "all"]
+    activation_checkpointing: bool
+    precision: Precision
+    device: Literal["cpu", "cuda"]
+    train_samples: int
+    evaluation_samples: int
+    length: float | None
+    evaluate_every: float
+    stop: Stop
+    reasons: tuple[str, ...]
+
+    def finished(self, standing: Standing) -> str | None:
+        """Why the run is finished, or None while it is not."""
+        if self.length is not None and standing.progress >= self.length:
+            return "length reached"
+        stop = self.stop
+        if stop.wall_time_s is not None and standing.train_time_s >= stop.wall_time_s:
+            return f"wall time of {stop.wall_time_s:g} s reached"
+        value = (standing.evaluation or {}).get(stop.metric) if stop.metric is not None else None
+        if value is not None and stop.at_least is not None and value >= stop.at_least:
+            return f"target reached: {stop.metric} {value:.4g} >= {stop.at_least:g}"
+        if value is not None and stop.at_most is not None and value <= stop.at_most:
+            return f"target reached: {stop.metric} {value:.4g} <= {stop.at_most:g}"
+        return None
+
+    def shares(self, progress: float, batch: int) -> tuple[float, float]:
+        """Shares of the run's length at the start and the end of a step of ``batch`` samples; 0 and 1 without a length."""
+        if self.length is None:
+            return 0.0, 1.0
+        return min(1.0, progress / self.length), min(1.0, (progress + batch) / self.length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat, JSON-ready view, as written to ``plan.json``."""
+        data = asdict(self)
+        data["stop"] = self.stop.model_dump(exclude_none=True)
+        layout = data.pop("layout")
+        return {"name": data.pop("name"), "global_batch": self.layout.global_batch, **layout, **data}
+
+
+def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, evaluation_samples: int) -> Plan:
+    """Decide everything that is still on "auto", and check that the whole fits together.
+
+    Raises:
+        ConfigError: a value that cannot work here, with the remedy.
+        ClusterError: the cluster is too small.
+        DataError: there is nothing to train on.
+    """
+    workers = shape.workers(config.scale)
+    on_gpu = shape.accelerators_per_worker(config.scale) > 0
+    reasons: list[str] = []
+    layout = _layout(config, workers, train_samples, reasons)
+    zero_stage = _zero_stage(config, workers, reasons)
+    offload = _offload(config, on_gpu, zero_stage)
+    precision = _precision(config, shape, on_gpu, reasons)
+    checkpointing = config.layout.activation_checkpointing
+    _check_combination(config, on_gpu, zero_stage, evaluation_samples)
+    return Plan(
+        name=config.name,
+        layout=layout,
+        reference_batch=config.recipe.batch,
+        zero_stage=zero_stage,
+        offload=offload,
+        activation_checkpointing=False if checkpointing == "auto" else checkpointing,
+        precision=precision,
+        device="cuda" if on_gpu else "cpu",
+        train_samples=train_samples,
+        evaluation_samples=evaluation_samples,
+        length=_length(config, train_samples),
+        evaluate_every=config.evaluation.every_epochs * train_samples,
+        stop=config.recipe.stop,
+        reasons=tuple(reasons),
+    )
+
+
+def _layout(config: RunConfig, workers: int, train_samples: int, reasons: list[str]) -> Layout:
+    wanted = config.layout.global_batch
+    batch = config.recipe.batch if wanted == "auto" else wanted
+    if train_samples == 0:
+        raise DataError("the training set is empty: there is nothing to train on")
+    if batch > train_samples:
+        raise ConfigError(
+            f"{'recipe.batch' if wanted == 'auto' else 'layout.global_batch'}={batch} is larger than the training set "
+            f"of {train_samples} samples: use at most {train_samples}"
+        )
+    layout = lay_out(batch, workers, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
+    for other in range(*_range(config)):
+        lay_out(batch, other, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
+    source = "the reference batch" if wanted == "auto" else "as set"
+    reasons.append(f"global batch {batch}: {source}")
+    if batch != config.recipe.batch:
+        reasons.append(f"learning rate stays the recipe's, though it was tuned at batch {config.recipe.batch}")
+    return layout
+
+
+def _range(config: RunConfig) -> tuple[int, int]:
+    """Every worker count that an elastic run may be given, as arguments of ``range``."""
+    workers = config.scale.workers
+    return (workers[0], workers[1] + 1) if isinstance(workers, tuple) else (workers, workers)
+
+
+def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[0, 1, 2, 3]:
+    stage = config.layout.zero_stage
+    if stage != "auto":
+        return stage
+    if config.recipe.optimizer.name == "lamb" or workers == 1:
+        alone = workers == 1
+        reasons.append(f"ZeRO stage 0: {'one worker has nothing to share' if alone else 'LAMB needs whole layers'}")
+        return 0
+    reasons.append("ZeRO stage 1: optimizer state shared over the workers, at no cost in communication")
+    return 1
+
+
+def _offload(config: RunConfig, on_gpu: bool, zero_stage: int) -> Literal["none", "optimizer", "all"]:
+    offload = config.layout.offload
+    if offload in ("auto", "none"):
+        return "none"
+    if not on_gpu:
+        raise ConfigError(
+            f"layout.offload={offload!r} moves state from accelerator to host memory, and these workers have no "
+            "accelerator: set layout.offload=none"
+        )
+    if zero_stage == 0 or (offload == "all" and zero_stage < 3):
+        needed = "3" if offload == "all" else "1, 2 or 3"
+        raise ConfigError(f"layout.offload={offload!r} needs layout.zero_stage={needed}, and it is {zero_stage}")
+    return offload
+
+
+def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: list[str]) -> Precision:
+    wanted = config.layout.precision
+    old = shape.accelerator.startswith(WITHOUT_BF16)
+    if wanted == "bf16" and on_gpu and old:
+        raise ConfigError(f"layout.precision='bf16': {shape.accelerator} has no bf16 units: use fp16, fp32 or auto")
+    if wanted != "auto":
+        return wanted
+    if not on_gpu:
+        reasons.append("precision fp32: no accelerator")
+        return "fp32"
+    reasons.append(f"precision {'fp16' if old else 'bf16'}: what {shape.accelerator or 'the accelerator'} is fast at")
+    return "fp16" if old else "bf16"
+
+
+def _check_combination(config: RunConfig, on_gpu: bool, zero_stage: int, evaluation_samples: int) -> None:
+    if config.recipe.optimizer.name == "lamb" and (zero_stage != 0 or not on_gpu):
+        raise ConfigError(
+            "recipe.optimizer.name='lamb' runs on DeepSpeed's fused GPU kernel, whose trust ratio needs whole layers: "
+            "use accelerators and layout.zero_stage=0, or recipe.optimizer.name=adamw"
+        )
+    if config.layout.sync_batch_norm and not on_gpu:
+        raise ConfigError("layout.sync_batch_norm=true needs accelerators (torch's SyncBatchNorm): set it to false")
+    if config.recipe.stop.metric is not None and not evaluation_samples:
+        raise ConfigError(
+            f"recipe.stop.metric={config.recipe.stop.metric!r} is measured on the evaluation set, and the job has none"
+        )
+
+
+def _length(config: RunConfig, train_samples: int) -> float | None:
+    """Length in reference samples: steps count at the reference batch, epochs in passes over the data."""
+    stop = config.recipe.stop
+    if stop.steps is not None:
+        return float(stop.steps * config.recipe.batch)
+    if stop.epochs is not None:
+        return stop.epochs * train_samples
+    return None if stop.samples is None else float(stop.samples)

@@ -1,0 +1,130 @@
+"""A run's folder: what lies where, and writes that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RunFolderError, explain_oserror
+
+__all__ = ["RunFolder", "read_json", "write_json"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, ``<checkpoint.uri>/<name>/``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def job(self) -> Path:
+        """Which job and arguments the run was started with."""
+        return self.root / "job.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One object per optimizer step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        """One object per start and end of a worker group."""
+        return self.root / "attempts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def outcome(self) -> Path:
+        """What rank 0 says of the end of an attempt."""
+        return self.root / "outcome.json"
+
+    @property
+    def summary(self) -> Path:
+        """Result of the last attempt."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """What Ray, DeepSpeed and the job's own code printed."""
+        return self.root / "logs"
+
+    @property
+    def failures(self) -> Path:
+        """What workers said before they died, one file per rank."""
+        return self.root / "failures"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists while the driver asks the workers to save and stop."""
+        return self.root / "stop"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            RunFolderError: it cannot.
+        """
+        probe = self.root / f".probe-{secrets.token_hex(4)}"
+        try:
+            for folder in (self.root, self.checkpoints, self.logs, self.failures):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write the run's folder: {explain_oserror(self.root, error)}; "
+                "choose another with --set checkpoint.uri=FOLDER"
+            ) from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in ``path``, or None where there is no such file.
+
+    Raises:
+        RunFolderError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{path}: cannot be read as JSON ({error}); remove it or start anew with --fresh"
+        ) from None
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path}: holds {type(value).__name__}, not an object; start anew with --fresh")
+    return value

@@ -1,0 +1,209 @@
+"""Checkpoints of a run: written by all ranks, made to exist by a manifest, verified before they are trusted.
+
+A checkpoint is a folder ``step-00000120`` with DeepSpeed's files, one small file per rank, and a manifest with
+the state, sizes and SHA-256 of everything else. It is written under another name and renamed last, so whatever
+has the right name is whole, and whatever else lies there is a leftover.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import CheckpointError, RequestError
+from orchestrator.storage.fence import Fence
+from orchestrator.storage.folder import read_json, write_json
+from orchestrator.training.engine import Engine
+from orchestrator.training.state import TrainState
+
+__all__ = ["Checkpoints", "list_checkpoints", "set_aside_after", "verify"]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+# What DeepSpeed's own files name beyond tensors. Any other global could run code when unpickled: refused.
+TRUSTED = frozenset[str]()
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, as seen from one worker."""
+
+    root: Path
+    fence: Fence
+    keep: int
+    layout_key: dict[str, Any]
+    """What must be equal for shards to be loaded as they are: workers, ZeRO stage, precision."""
+
+    def restore(self, engine: Engine) -> TrainState | None:
+        """Load the newest checkpoint into ``engine``, or return None where there is none.
+
+        Raises:
+            CheckpointError: it fails its checks, or was saved at another layout.
+        """
+        existing = list_checkpoints(self.root)
+        if not existing:
+            return None
+        newest = existing[-1]
+        manifest = self._verified_by_all(newest)
+        saved = manifest["layout_key"]
+        if saved != self.layout_key:
+            raise CheckpointError(
+                f"{newest} was saved with {_describe(saved)} and this run has {_describe(self.layout_key)}: "
+                "continue with the same, or start anew with --fresh"
+            )
+        mine = torch.load(newest / _rank_file(), weights_only=True, map_location="cpu")
+        engine.load(newest, mine["buffers"])
+        _set_random_state(mine["random"])
+        return TrainState.from_dict(manifest["state"])
+
+    def save(self, engine: Engine, state: TrainState) -> Path:
+        """Write ``state`` and everything in ``engine``; returns the new checkpoint's folder. All ranks call it."""
+        self.fence.check()
+        final = self.root / f"step-{state.step:08d}"
+        draft = self.root / f".draft-{final.name}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        dist.barrier()
+        buffers = engine.save(draft)
+        torch.save({"buffers": buffers, "random": _random_state()}, draft / _rank_file())
+        dist.barrier()
+        files = _gather(_digests(draft))
+        if dist.get_rank() == 0:
+            self._commit(draft, final, state, files)
+        dist.barrier()
+        return final
+
+    def _commit(self, draft: Path, final: Path, state: TrainState, files: dict[str, Any]) -> None:
+        expected = {_rank_file(rank) for rank in range(dist.get_world_size())}
+        if missing := expected - set(files):
+            raise CheckpointError(
+                f"{self.root}: {', '.join(sorted(missing))} written by other workers cannot be seen here: "
+                "with workers on several machines checkpoint.uri must be a folder that all of them share"
+            )
+        manifest = {"format": FORMAT, "state": state.to_dict(), "layout_key": self.layout_key, "files": files}
+        write_json(draft / MANIFEST, manifest)
+        self.fence.check()
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        for old in list_checkpoints(self.root)[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _verified_by_all(self, checkpoint: Path) -> dict[str, Any]:
+        """Each rank verifies its share of the files; all agree before any loads."""
+        error = ""
+        manifest: dict[str, Any] = {}
+        try:
+            manifest = verify(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
+        except RequestError as found:
+            error = str(found)
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            raise CheckpointError(next(text for text in errors if text))
+        return manifest
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    return sorted(path for path in root.glob("step-*") if (path / MANIFEST).is_file())
+
+
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Check files against the manifest and return it; ``part`` of ``parts`` checks every ``parts``-th file.
+
+    Raises:
+        CheckpointError: a file is missing, has other bytes, or is not a plain pickle of tensors.
+    """
+    manifest = read_json(checkpoint / MANIFEST)
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {checkpoint}: no manifest of format {FORMAT}")
+    for name, (size, digest) in sorted(manifest["files"].items())[part::parts]:
+        path = checkpoint / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise CheckpointError(f"checkpoint {checkpoint}: the manifest names {name!r}, outside of its folder")
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
+        if path.stat().st_size != size or _sha256(path) != digest:
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
+        if path.suffix == ".pt":
+            _refuse_code(path)
+    return manifest
+
+
+def set_aside_after(root: Path, keep: Path) -> list[Path]:
+    """Rename every checkpoint newer than ``keep``, so that a run goes on from it; returns the new names."""
+    moved = []
+    for path in list_checkpoints(root):
+        if path.name > keep.name:
+            target = path.with_name(f"set-aside-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
+
+
+def _rank_file(rank: int | None = None) -> str:
+    return f"rank-{dist.get_rank() if rank is None else rank:05d}.pt"
+
+
+def _digests(draft: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of every world-size-th file, beginning with this rank."""
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    mine = files[dist.get_rank() :: dist.get_world_size()]
+    return {path.relative_to(draft).as_posix(): (path.stat().st_size, _sha256(path)) for path in mine}
+
+
+def _gather(mine: dict[str, tuple[int, str]]) -> dict[str, Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: list(entry) for part in everyone for name, entry in part.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _refuse_code(path: Path) -> None:
+    """Raise unless every global the file's pickle names is known to be harmless; nothing is executed."""
+    try:
+        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.parent} is corrupt: {path.name}: {error}") from None
+    if strange := sorted(named - TRUSTED):
+        raise CheckpointError(f"{path} names {strange[0]}, which a checkpoint has no use for: it is not loaded")
+
+
+def _random_state() -> dict[str, Any]:
+    """Every generator that a job's code may draw from, in types that ``weights_only`` loading accepts."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (kind, torch.as_tensor(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "python": (version, list(internal), next_gauss),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal), next_gauss))
+
+
+def _describe(layout_key: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in layout_key.items())

@@ -1,0 +1,262 @@
+"""One optimizer step on DeepSpeed: the only module that spells a DeepSpeed key or calls its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.job import Task
+from orchestrator.planning.plan import Plan
+from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
+from orchestrator.training.optimizer import add_penalties, build_optimizer, set_learning_rate
+from orchestrator.training.recompute import checkpoint_blocks
+from orchestrator.training.state import StepStats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Engine", "deepspeed_config"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TAG = "state"
+# Elements per communication bucket. DeepSpeed's default of 5e8 would reserve gigabytes on each device.
+BUCKET_ELEMENTS = 50_000_000
+
+
+def deepspeed_config(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Render the one dict DeepSpeed reads. Everything it would decide by itself is decided here."""
+    clip = config.recipe.clip_norm
+    rendered: dict[str, Any] = {
+        "train_batch_size": plan.layout.global_batch,
+        "train_micro_batch_size_per_gpu": plan.layout.micro_batch,
+        "gradient_accumulation_steps": plan.layout.accumulation,
+        "gradient_clipping": 0.0 if clip is None else clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_section(plan),
+    }
+    if plan.precision == "bf16":
+        rendered["bf16"] = {"enabled": True}
+        # Sums of many bf16 gradients lose small terms; stage 0 and 3 offer no other accumulator.
+        if plan.zero_stage in (1, 2):
+            rendered["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif plan.precision == "fp16":
+        rendered["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+    return rendered
+
+
+def _zero_section(plan: Plan) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": plan.zero_stage}
+    if plan.zero_stage:
+        section |= {
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "overlap_comm": plan.device == "cuda" and plan.zero_stage > 1,
+        }
+    if plan.zero_stage == 3:
+        section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+    if plan.offload != "none":
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if plan.offload == "all":
+        section["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return section
+
+
+class Engine:
+    """A model, its optimizer and its place in the group of workers.
+
+    Args:
+        task: builds the model and computes its loss.
+        config: the recipe and the seed; the model is initialised from the seed, the same on every rank.
+        plan: layout, ZeRO stage and precision; ``plan.layout.workers`` is the world size.
+        device: where this rank computes.
+    """
+
+    def __init__(self, task: Task, config: RunConfig, plan: Plan, *, device: torch.device) -> None:
+        self.device = device
+        self._task = task
+        self._plan = plan
+        self._rank = dist.get_rank()
+        self._world_size = dist.get_world_size()
+        assert self._world_size == plan.layout.workers, "the plan is made for another number of workers"
+        torch.manual_seed(config.seed)
+        model = _fit_out(task.model(), plan, sync_batch_norm=config.layout.sync_batch_norm).to(device)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError(f"the model {type(model).__name__} has no trainable parameter: nothing can be learnt")
+        self._engine = _initialize(model, config, plan)
+        # From here on each rank draws its own random numbers: dropout and augmentation differ between workers.
+        torch.manual_seed(config.seed * 1_000_003 + self._rank + 1)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to call: hooks of every ZeRO stage are in place."""
+        return self._engine  # type: ignore[no-any-return]
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's own module inside."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    def step(
+        self,
+        micro_batches: Sequence[Mapping[str, NDArray[Any]]],
+        *,
+        learning_rate: float,
+        rank_zero_says: Sequence[float] = (),
+    ) -> StepStats:
+        """Accumulate the gradient of ``micro_batches`` over all workers and apply it once.
+
+        ``rank_zero_says`` travels with the loss in the step's one small all-reduce, so that all ranks act on it
+        at the same step; the other ranks' own values are ignored.
+        """
+        started = time.perf_counter()
+        set_learning_rate(self._engine.optimizer, learning_rate)
+        self._engine.train()
+        loss = self._accumulate(micro_batches)
+        grad_norm, applied = self._apply()
+        elapsed = time.perf_counter() - started
+        mean_loss, step_time_s, *said = self._share(loss, elapsed, rank_zero_says)
+        return StepStats(mean_loss, grad_norm, learning_rate, applied, step_time_s, tuple(said))
+
+    def to_device(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        """Columns as tensors on this rank's device."""
+        tensors = {name: torch.as_tensor(column) for name, column in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        """The model as it is evaluated: evaluation mode, no gradients, buffers averaged over the ranks."""
+        self._engine.eval()
+        with averaged(self.module), torch.no_grad():
+            yield self.model
+        self._engine.train()
+
+    def save(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Write model, optimizer and this rank's shards below ``folder``; return this rank's own buffers.
+
+        The model's own file holds the averaged buffers: whoever exports it gets what was evaluated.
+        """
+        own = local_buffers(self.module)
+        with averaged(self.module):
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return own
+
+    def load(self, folder: Path, own_buffers: dict[str, torch.Tensor]) -> None:
+        """Take up what ``save`` wrote, at the same layout of workers and ZeRO stage."""
+        groups = [_settings(group) for group in self._engine.optimizer.param_groups]
+        self._engine.load_checkpoint(str(folder), tag=TAG)
+        # The recipe decides betas and penalties, not the file: they differ after --force-config.
+        for group, settings in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+        load_local_buffers(self.module, own_buffers)
+
+    def _accumulate(self, micro_batches: Sequence[Mapping[str, NDArray[Any]]]) -> torch.Tensor:
+        """Forward and backward of every micro batch; returns this rank's mean loss, detached."""
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        count = len(micro_batches)
+        for index, columns in enumerate(micro_batches):
+            # DeepSpeed counts micro steps since the start of the run, which breaks when accumulation changes:
+            # the boundary is therefore said, never counted, and the division is ours.
+            self._engine.set_gradient_accumulation_boundary(index == count - 1)
+            loss = self._task.loss(self.model, self.to_device(columns))
+            if loss.ndim != 0:
+                raise ValueError(f"Task.loss returned shape {tuple(loss.shape)}; return the mean over the samples")
+            self._engine.backward(loss / count, scale_wrt_gas=False)
+            total += loss.detach().double() / count
+        return total
+
+    def _apply(self) -> tuple[float, bool]:
+        """Apply the accumulated gradient; returns its norm before clipping, and whether it was applied."""
+        if self._plan.zero_stage == 0 and self._plan.precision == "fp32":
+            # No wrapper of DeepSpeed's measures or guards this one case.
+            norm = _norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return norm, False
+            self._engine.step()
+            return norm, True
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        applied = bool(self._engine.was_step_applied())
+        return (float(norm) if norm is not None else math.nan), applied
+
+    def _share(self, loss: torch.Tensor, elapsed_s: float, said: Sequence[float]) -> list[float]:
+        if self._world_size == 1:
+            return [float(loss), elapsed_s, *said]
+        mine = [elapsed_s, *said] if self._rank == 0 else [0.0] * (1 + len(said))
+        values = torch.cat(
+            [(loss / self._world_size).reshape(1), torch.tensor(mine, dtype=torch.float64).to(loss.device)]
+        )
+        dist.all_reduce(values)
+        return [float(value) for value in values.tolist()]
+
+
+def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Module:
+    if sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if plan.activation_checkpointing:
+        checkpoint_blocks(model)
+    dtype = DTYPES[plan.precision]
+    if dtype != torch.float32:
+        # DeepSpeed casts the parameters; what flows in must match them, and losses are computed in fp32.
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: (_cast(args, dtype), _cast(kwargs, dtype)), with_kwargs=True
+        )
+        model.register_forward_hook(lambda _, __, output: _cast(output, torch.float32))
+    return model
+
+
+def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
+    if plan.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if plan.device == "cpu":
+        # Its shared-memory op would be compiled at first use: over a minute, and for ever after a kill in that
+        # minute, since the build leaves its lock behind. Gloo reduces instead.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _require_precision_on_cpu(plan.precision)
+    deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
+    optimizer = build_optimizer(model, config.recipe, device=plan.device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    if plan.zero_stage == 0 and plan.precision != "fp32":
+        # This wrapper allocates its state by taking a step on zero gradients, which Adam would count as its first.
+        optimizer.state.clear()
+    add_penalties(optimizer)
+    return engine
+
+
+def _require_precision_on_cpu(precision: str) -> None:
+    supported = precision != "fp16" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if not supported:
+        raise ConfigError("layout.precision='fp16': this CPU has no fp16 arithmetic; use bf16, fp32 or auto")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).double())) if tensors else 0.0
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if isinstance(value, int | float | bool | tuple)}

@@ -1,0 +1,91 @@
+"""What rank 0 writes down of a run: one record per step and evaluation, none twice."""
+
+from __future__ import annotations
+
+import time
+
+from orchestrator.planning.plan import Plan
+from orchestrator.storage.fence import Fence
+from orchestrator.storage.folder import RunFolder
+from orchestrator.telemetry.records import JsonLines, truncate_after
+from orchestrator.training.state import StepStats, TrainState
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Appends to the run folder's records. On other ranks than 0 every call does nothing."""
+
+    def __init__(self, folder: RunFolder, fence: Fence, plan: Plan, *, rank: int, attempt: int) -> None:
+        self._folder = folder
+        self._fence = fence
+        self._plan = plan
+        self._writes = rank == 0
+        self._attempt = attempt
+        self._metrics = JsonLines(folder.metrics)
+        self._evaluations = JsonLines(folder.evaluations)
+        self._checked_at = 0.0
+        self.last_step = 0
+        """The last optimizer step that this worker took part in."""
+
+    def begin(self, state: TrainState) -> None:
+        """Drop records of steps after ``state``: they were lost with the attempt that took them and are taken again."""
+        self.last_step = state.step
+        if not self._writes:
+            return
+        self._fence.check()
+        truncate_after(self._folder.metrics, state.step)
+        truncate_after(self._folder.evaluations, state.step)
+        record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
+        self._attempts(record)
+
+    def step(self, state: TrainState, stats: StepStats) -> None:
+        """Record one optimizer step."""
+        self.last_step = state.step
+        if not self._writes:
+            return
+        self._check_now_and_then()
+        batch = state.layout.global_batch
+        record = {
+            **self._where(state),
+            "length": self._plan.length,
+            "loss": stats.loss,
+            "learning_rate": stats.learning_rate,
+            "global_batch": batch,
+            "micro_batch": state.layout.micro_batch,
+            "accumulation": state.layout.accumulation,
+            "workers": state.layout.workers,
+            "grad_norm": stats.grad_norm,
+            "step_time_s": stats.step_time_s,
+            "samples_per_s": batch / stats.step_time_s,
+            "skipped": not stats.finite,
+        }
+        self._metrics.append(record)
+
+    def evaluation(self, state: TrainState, duration_s: float) -> None:
+        """Record one evaluation."""
+        if self._writes:
+            self._fence.check()
+            record = {**self._where(state), "metrics": state.evaluation, "duration_s": duration_s}
+            self._evaluations.append(record)
+
+    def end(self, state: TrainState, reason: str) -> None:
+        """Record how this attempt ended."""
+        if self._writes:
+            self._attempts({"event": "ended", "step": state.step, "workers": state.layout.workers, "reason": reason})
+
+    def _attempts(self, record: dict[str, object]) -> None:
+        lines = JsonLines(self._folder.attempts)
+        lines.append({"attempt": self._attempt, **record, "time": time.time()})
+        lines.close()
+
+    def _where(self, state: TrainState) -> dict[str, object]:
+        epoch = state.samples / self._plan.train_samples
+        where = {"step": state.step, "samples": state.samples, "progress": state.progress, "epoch": epoch}
+        return {**where, "time": time.time(), "attempt": self._attempt}
+
+    def _check_now_and_then(self) -> None:
+        # A look at the fence costs a file read: once a second is enough, since the kernel's lock stands before it.
+        if time.monotonic() - self._checked_at > 1.0:
+            self._fence.check()
+            self._checked_at = time.monotonic()

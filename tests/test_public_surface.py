@@ -1,0 +1,46 @@
+"""The public surface is a list; adding to it or taking from it is a decision that shows up here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+
+EXPORTED = ["Job", "RunConfig", "Task", "load"]
+
+
+def test_the_exported_names_are_these() -> None:
+    assert orchestrator.__all__ == EXPORTED
+    assert set(EXPORTED) <= set(dir(orchestrator))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_name_is_the_one_its_module_defines(name: str) -> None:
+    exported = getattr(orchestrator, name)
+    assert exported is getattr(importlib.import_module(exported.__module__), name)
+    assert exported.__module__.startswith("orchestrator.")
+
+
+def test_type_checkers_see_the_names_that_the_lazy_import_serves() -> None:
+    tree = ast.parse(Path(orchestrator.__file__).read_text(encoding="utf-8"))
+    homes = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orchestrator.")
+        for alias in node.names
+    }
+    assert homes == orchestrator._HOME
+
+
+def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
+    with pytest.raises(AttributeError, match="it exports Job, RunConfig, Task, load"):
+        orchestrator.job_config  # noqa: B018
+
+
+def test_the_version_is_a_release_number() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", orchestrator.__version__)
