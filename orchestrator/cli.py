@@ -15,7 +15,7 @@ from orchestrator import __version__
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
-    from orchestrator.launching.driver import RunRequest
+    from orchestrator.launching.preflight import RunRequest
     from orchestrator.planning.plan import Plan
     from orchestrator.telemetry.progress import Display
 
@@ -146,7 +146,7 @@ def _request(
     force: bool = False,
     checkpoint: str | None = None,
 ) -> RunRequest:
-    from orchestrator.launching.driver import RunRequest
+    from orchestrator.launching.preflight import RunRequest
 
     return RunRequest(
         job=job,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
+from hypothesis import settings
+
+# The machine is shared: how long one example takes says nothing.
+settings.register_profile("orchestrator", deadline=None)
+settings.load_profile("orchestrator")
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

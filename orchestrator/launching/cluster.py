@@ -87,7 +87,6 @@ def _init(address: str | None) -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
         object_store_memory=256 * 2**20,
-        _node_ip_address="127.0.0.1",
         _temp_dir=os.environ.get("RAY_TMPDIR") or str(Path(tempfile.gettempdir()) / "ray"),
     )
 
@@ -96,7 +95,8 @@ def _set_environment(*, embedded: bool) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if embedded and "RAY_AUTH_MODE" not in os.environ:
-        # A fresh token for each embedded cluster, in no file: other users of the machine cannot submit work to it.
+        # Ray listens on every interface and cannot be told otherwise. A fresh token for each embedded cluster, kept in
+        # no file, means that nobody else can use it.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -144,21 +144,16 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _noise_in(log: Path) -> Iterator[None]:
-    """Send what Ray logs in this process to a file instead of the user's terminal."""
+    """Send what Ray prints and logs in this process to a file instead of the user's terminal.
+
+    The run's own display holds the stream it was given before, and goes on writing to it.
+    """
     logger = logging.getLogger("ray")
-    handler = logging.FileHandler(log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    before, propagated = list(logger.handlers), logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    # ray.init installs its own terminal handler once, when it first configures logging: this one stands already.
-    logger.addFilter(lambda _: _only(logger, handler))
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = before, propagated
-        handler.close()
-
-
-def _only(logger: logging.Logger, handler: logging.Handler) -> bool:
-    logger.handlers[:] = [handler]
-    return True
+    before = list(logger.handlers)
+    with log.open("a", encoding="utf-8", buffering=1) as stream:
+        logger.handlers = [logging.StreamHandler(stream)]
+        try:
+            with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+                yield
+        finally:
+            logger.handlers = before

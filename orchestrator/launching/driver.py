@@ -4,51 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from orchestrator.config import RunConfig, differing_fields
-from orchestrator.errors import CheckpointError, DataError, OrchestratorError, RunFolderError, WorkerLostError
+from orchestrator.config import RunConfig
+from orchestrator.errors import OrchestratorError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.preflight import (
+    RunRequest,
+    check_same_run,
+    choose_checkpoint,
+    finished_summary,
+    move_aside,
+    prepare,
+    run_root,
+    write_identity,
+)
 from orchestrator.launching.worker import Order
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.storage.fence import DriverLock
-from orchestrator.storage.folder import RunFolder, read_json, write_json
+from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
-from orchestrator.training.checkpoint import list_checkpoints, set_aside_after, verify
-from orchestrator.training.data import open_dataset
+from orchestrator.training.checkpoint import list_checkpoints
+from orchestrator.training.engine import require_precision
 
-__all__ = ["Listener", "RunRequest", "plan_job", "run"]
+__all__ = ["Listener", "plan_job", "run"]
 
 POLL_S = 0.1
-# Sections that change what a run says or survives, but not what it computes.
-FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint")
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What the command line asks for.
-
-    ``job`` is ``module:function``; ``args`` and ``overrides`` are ``name=value`` texts. ``from_checkpoint``
-    names a checkpoint folder to go on from; newer ones are set aside.
-    """
-
-    job: str
-    args: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    address: str | None = None
-    fresh: bool = False
-    force_config: bool = False
-    from_checkpoint: str | None = None
+SAME_SIGNAL_S = 0.5
 
 
 class Listener(Protocol):
@@ -72,18 +64,23 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     """
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
-    folder = RunFolder(_root(job.config))
-    if request.fresh:
-        _replace(folder, listener)
+    root = run_root(job.config)
+    sizes = prepare(job)
+    address = address_of(request.address)
+    if address is None:
+        _make_plan(job, embedded_shape(), sizes)  # refused before there is a folder or a cluster
+    if request.fresh and (aside := move_aside(root)) is not None:
+        listener.note(f"the earlier run was moved to {aside}")
+    folder = RunFolder(root)
     folder.create()
-    lock = DriverLock(folder.root)
+    lock = DriverLock(folder.control)
     try:
-        _check_same_run(request, job, folder)
-        if (done := _already_finished(folder, request)) is not None:
+        check_same_run(request, job, folder)
+        if (done := finished_summary(request, folder)) is not None:
             listener.note(f"{job.config.name} is finished already; start it anew with --fresh")
             return done
-        _check_checkpoint(request, folder, listener)
-        sizes = _prepare(job)
+        for moved in choose_checkpoint(request, folder):
+            listener.note(f"set aside {moved}")
         return _launch(request, job, folder, lock.driver, sizes, listener, started)
     finally:
         lock.release()
@@ -92,119 +89,13 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
 def plan_job(request: RunRequest) -> tuple[Plan, Path]:
     """The plan that ``run`` would follow, and the run's folder, without starting anything."""
     job = load(request.job, request.args, request.overrides)
-    train_samples, evaluation_samples = _prepare(job)
-    folder = RunFolder(_root(job.config))
+    root = run_root(job.config)
+    sizes = prepare(job)
     address = address_of(request.address)
     if address is None:
-        shape = embedded_shape()
-    else:
-        folder.create()
-        with RayCluster.connect(address, log=folder.logs / "ray.log") as cluster:
-            shape = cluster.shape
-    return make_plan(job.config, shape, train_samples=train_samples, evaluation_samples=evaluation_samples), folder.root
-
-
-# -- before anything is started ----------------------------------------------------------------
-
-
-def _root(config: RunConfig) -> Path:
-    """The run's folder, absolute. Inside a Ray job the working directory is a package that Ray deletes: use home."""
-    uri = config.checkpoint.uri
-    if "://" in uri:
-        raise RunFolderError(f"checkpoint.uri={uri!r}: only folders of this machine or a shared filesystem can be used")
-    base = Path.cwd()
-    if "_ray_pkg_" in str(base):
-        base = Path.home() / "orchestrator"
-    return (base / Path(uri).expanduser() / config.name).absolute()
-
-
-def _replace(folder: RunFolder, listener: Listener) -> None:
-    """Move an earlier run of this name out of the way; it is not deleted."""
-    if not folder.root.exists():
-        return
-    DriverLock(folder.root).release()  # refuses while it is running
-    aside = folder.root.with_name(f".replaced-{folder.root.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.root.rename(aside)
-    listener.note(f"the earlier run was moved to {aside}")
-
-
-def _check_same_run(request: RunRequest, job: Job, folder: RunFolder) -> None:
-    """Refuse to continue a run with another job or config, then write down what this one is."""
-    new_config = job.config.model_dump(mode="json")
-    new_job = {"job": request.job, "args": sorted(request.args)}
-    old_config, old_job = read_json(folder.config), read_json(folder.job)
-    if old_config is not None and not request.force_config:
-        ours = {key: value for key, value in new_config.items() if key not in FREE_TO_CHANGE}
-        theirs = {key: value for key, value in old_config.items() if key not in FREE_TO_CHANGE}
-        changed = differing_fields(theirs, ours) + differing_fields(old_job or {}, new_job)
-        if changed:
-            raise RunFolderError(
-                f"the run in {folder.root} was started with another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\ncontinue it unchanged, give this run another name with --set name=..., start anew with --fresh, "
-                "or accept the change with --force-config"
-            )
-    write_json(folder.config, new_config)
-    write_json(folder.job, new_job)
-
-
-def _already_finished(folder: RunFolder, request: RunRequest) -> dict[str, Any] | None:
-    summary = read_json(folder.summary)
-    if summary is None or summary.get("state") != "finished" or request.force_config or request.from_checkpoint:
-        return None
-    return summary
-
-
-def _check_checkpoint(request: RunRequest, folder: RunFolder, listener: Listener) -> None:
-    """Verify the checkpoint the run would go on from, before anything starts."""
-    existing = list_checkpoints(folder.checkpoints)
-    if request.from_checkpoint is not None:
-        names = {path.name: path for path in existing}
-        if request.from_checkpoint not in names:
-            offer = ", ".join(names) or "none"
-            raise CheckpointError(
-                f"--from-checkpoint {request.from_checkpoint}: no such checkpoint; there are: {offer}"
-            )
-        for moved in set_aside_after(folder.checkpoints, names[request.from_checkpoint]):
-            listener.note(f"set aside {moved}")
-        existing = list_checkpoints(folder.checkpoints)
-    if not existing:
-        return
-    try:
-        verify(existing[-1])
-    except CheckpointError as error:
-        intact = next((path for path in reversed(existing[:-1]) if _is_intact(path)), None)
-        remedy = (
-            f"go on from the one before with --from-checkpoint {intact.name}" if intact else "start anew with --fresh"
-        )
-        raise CheckpointError(f"{error}; {remedy}") from None
-
-
-def _is_intact(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _prepare(job: Job) -> tuple[int, int]:
-    """Run the job's prepare step and open its data; returns the numbers of samples."""
-    if job.prepare is not None:
-        try:
-            job.prepare()
-        except OSError as error:
-            raise DataError(f"the job's prepare step failed: {error}") from error
-    datasets = job.task.datasets()
-    train_samples = len(open_dataset(datasets.train))
-    if train_samples == 0:
-        raise DataError("the training set is empty: there is nothing to train on")
-    if datasets.evaluation is None:
-        return train_samples, 0
-    return train_samples, len(open_dataset(datasets.evaluation))
-
-
-# -- the run itself ----------------------------------------------------------------------------
+        return _make_plan(job, embedded_shape(), sizes), root
+    with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
+        return _make_plan(job, cluster.shape, sizes), root
 
 
 def _launch(
@@ -216,19 +107,18 @@ def _launch(
     listener: Listener,
     started: float,
 ) -> dict[str, Any]:
-    address = address_of(request.address)
-    if address is None:
-        _make_plan(job, embedded_shape(), sizes)  # refuse before a cluster is started for nothing
     folder.stop_request.unlink(missing_ok=True)
     folder.outcome.unlink(missing_ok=True)
     followers = Follower(folder.metrics), Follower(folder.evaluations)
     for follower in followers:
         follower.poll()
-    with RayCluster.connect(address, log=folder.logs / "ray.log") as cluster:
+    with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
         plan = _make_plan(job, cluster.shape, sizes)
+        write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
+        listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver)
         attempt = _Fit(order, plan, job.config)
         try:
@@ -240,7 +130,9 @@ def _launch(
 
 
 def _make_plan(job: Job, shape: ClusterShape, sizes: tuple[int, int]) -> Plan:
-    return make_plan(job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1])
+    plan = make_plan(job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1])
+    require_precision(plan)  # this machine speaks for the others; each worker asks again
+    return plan
 
 
 def _note_resume(folder: RunFolder, listener: Listener) -> None:
@@ -287,8 +179,7 @@ def _watch(
                 asked_at = time.monotonic()
                 folder.stop_request.touch()
                 listener.note("stopping: the step is finished and saved; once more to stop at once")
-            abandoned = len(signals) > 1 or (asked_at is not None and time.monotonic() - asked_at > grace_s)
-            if abandoned:
+            if asked_at is not None and (_asked_again(signals) or time.monotonic() - asked_at > grace_s):
                 raise WorkerLostError(
                     "stopped without saving; run the same command again to go on from the last checkpoint"
                 )
@@ -319,12 +210,12 @@ def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them."""
-    heard: list[int] = []
+def _signals() -> Iterator[list[float]]:
+    """Collect the moments of SIGINT and SIGTERM in a list instead of dying of them."""
+    heard: list[float] = []
 
-    def hear(number: int, _: FrameType | None) -> None:
-        heard.append(number)
+    def hear(_: int, __: FrameType | None) -> None:
+        heard.append(time.monotonic())
 
     if threading.current_thread() is not threading.main_thread():
         yield heard
@@ -335,6 +226,11 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _asked_again(signals: list[float]) -> bool:
+    """Whether a second signal came; a terminal and a parent process often deliver the same one twice."""
+    return signals[-1] - signals[0] > SAME_SIGNAL_S
 
 
 def _explain(error: BaseException, folder: RunFolder) -> OrchestratorError:
@@ -376,5 +272,5 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "logs": str(folder.logs),
     }
     write_json(folder.summary, summary)
-    folder.report.write_text(render(load_run(folder.root)), encoding="utf-8")
+    write_text(folder.report, render(load_run(folder.root)))
     return summary

@@ -72,7 +72,9 @@ class _Worker:
         if self._rank == 0:
             run.recorder.end(outcome.state, outcome.reason)
             state = "stopped" if outcome.stopped else "finished"
-            write_json(self._folder.outcome, {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()})
+            write_json(
+                self._folder.outcome, {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
+            )
         fence.release()
 
     def _fence(self) -> tuple[Fence, int]:
@@ -81,14 +83,14 @@ class _Worker:
 
         word: list[Any] = [None]
         if self._rank == 0:
-            token = Fence.begin(self._folder.root, driver=self._order.driver)
+            token = Fence.begin(self._folder.control, driver=self._order.driver)
             started = [r for r in read(self._folder.attempts) if r["event"] == "started"]
             for stale in self._folder.failures.glob("rank-*.json"):
                 stale.unlink()
             word = [(token, len(started) + 1)]
         dist.broadcast_object_list(word, src=0)
         token, attempt = word[0]
-        return Fence(self._folder.root, token), attempt
+        return Fence(self._folder.control, token), attempt
 
     def _training(self, fence: Fence, attempt: int) -> Any:
         from orchestrator.training.checkpoint import Checkpoints

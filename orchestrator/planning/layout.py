@@ -14,7 +14,7 @@ Choice = int | Literal["auto"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one optimizer step is laid out. Every worker runs ``accumulation`` micro batches of ``micro_batch`` samples."""
+    """How one optimizer step is laid out: each worker runs ``accumulation`` times ``micro_batch`` samples."""
 
     workers: int
     micro_batch: int

@@ -66,7 +66,7 @@ class Plan:
         return None
 
     def shares(self, progress: float, batch: int) -> tuple[float, float]:
-        """Shares of the run's length at the start and the end of a step of ``batch`` samples; 0 and 1 without a length."""
+        """Shares of the run's length at start and end of a step of ``batch`` samples; 0 and 1 without a length."""
         if self.length is None:
             return 0.0, 1.0
         return min(1.0, progress / self.length), min(1.0, (progress + batch) / self.length)
@@ -154,7 +154,7 @@ def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[
 
 def _offload(config: RunConfig, on_gpu: bool, zero_stage: int) -> Literal["none", "optimizer", "all"]:
     offload = config.layout.offload
-    if offload in ("auto", "none"):
+    if offload == "auto" or offload == "none":
         return "none"
     if not on_gpu:
         raise ConfigError(

@@ -31,20 +31,21 @@ class DriverLock:
         RunBusyError: another live process holds it; the message says which.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._path = root / "driver.lock"
+    def __init__(self, control: Path) -> None:
+        self._path = control / "driver.lock"
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise RunBusyError(
-                f"the run in {root} is owned by {holder}: wait for it, stop it, or give this run another --set name=..."
+                f"the run in {control.parent} is owned by {holder}: wait for it, stop it, or give this run another "
+                "name with --set name=..."
             )
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self.driver = secrets.token_hex(8)
         """Names this driver; workers that were sent by another one do not begin."""
-        (root / "driver").write_text(self.driver)
+        (control / "driver").write_text(self.driver)
 
     def release(self) -> None:
         """Let the next driver in."""
@@ -54,14 +55,14 @@ class DriverLock:
 class Fence:
     """Held by each worker of an attempt; ``check`` raises once a newer attempt has begun."""
 
-    def __init__(self, root: Path, token: str) -> None:
-        self._path = root / "fence"
+    def __init__(self, control: Path, token: str) -> None:
+        self._path = control / "fence"
         self._token = token
-        self._lock = os.open(root / "workers.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(control / "workers.lock", os.O_RDWR | os.O_CREAT, 0o644)
         _flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     @staticmethod
-    def begin(root: Path, *, driver: str, patience_s: float = LEFTOVERS_END_S) -> str:
+    def begin(control: Path, *, driver: str, patience_s: float = LEFTOVERS_END_S) -> str:
         """Fence off every earlier attempt, wait until its processes have ended, and return the new token.
 
         Called by one process, before any worker of the new attempt makes its ``Fence``.
@@ -70,20 +71,20 @@ class Fence:
             FencedError: ``driver`` has been replaced by another one.
             RunBusyError: workers of an earlier attempt are alive after ``patience_s`` seconds.
         """
-        if (root / "driver").read_text() != driver:
-            raise FencedError(f"a newer driver owns {root}: this worker does not begin")
+        if (control / "driver").read_text() != driver:
+            raise FencedError(f"a newer driver owns {control.parent}: this worker does not begin")
         token = secrets.token_hex(8)
-        path = root / "fence"
+        path = control / "fence"
         temporary = path.with_name(f".fence.{token}")
         temporary.write_text(token)
-        os.replace(temporary, path)
-        lock = os.open(root / "workers.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        temporary.replace(path)
+        lock = os.open(control / "workers.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             deadline = time.monotonic() + patience_s
             while not _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if time.monotonic() > deadline:
                     raise RunBusyError(
-                        f"workers of an earlier attempt in {root} are still alive after {patience_s:.0f} s: "
+                        f"workers of an earlier attempt in {control.parent} are still alive after {patience_s:.0f} s: "
                         "end those processes (lsof workers.lock names them) and start again"
                     )
                 time.sleep(0.05)
@@ -100,7 +101,7 @@ class Fence:
         with contextlib.suppress(FileNotFoundError):
             if self._path.read_text() == self._token:
                 return
-        raise FencedError(f"a newer attempt owns {self._path.parent}: this worker stops without writing")
+        raise FencedError(f"a newer attempt owns {self._path.parent.parent}: this worker stops without writing")
 
     def release(self) -> None:
         """Tell the next attempt that this worker has ended."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import RunFolderError, explain_oserror
 
-__all__ = ["RunFolder", "read_json", "write_json"]
+__all__ = ["RunFolder", "read_json", "write_json", "write_text"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def outcome(self) -> Path:
-        """What rank 0 says of the end of an attempt."""
-        return self.root / "outcome.json"
-
-    @property
     def summary(self) -> Path:
         """Result of the last attempt."""
         return self.root / "summary.json"
@@ -72,14 +67,24 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def control(self) -> Path:
+        """How driver and workers find each other: locks, tokens and last words. Nothing in it is a result."""
+        return self.root / ".control"
+
+    @property
     def failures(self) -> Path:
         """What workers said before they died, one file per rank."""
-        return self.root / "failures"
+        return self.control / "failures"
+
+    @property
+    def outcome(self) -> Path:
+        """What rank 0 says of the end of an attempt."""
+        return self.control / "outcome.json"
 
     @property
     def stop_request(self) -> Path:
         """Exists while the driver asks the workers to save and stop."""
-        return self.root / "stop"
+        return self.control / "stop"
 
     def create(self) -> None:
         """Make the folder and prove that it can be written.
@@ -89,7 +94,7 @@ class RunFolder:
         """
         probe = self.root / f".probe-{secrets.token_hex(4)}"
         try:
-            for folder in (self.root, self.checkpoints, self.logs, self.failures):
+            for folder in (self.root, self.control, self.checkpoints, self.logs, self.failures):
                 folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
             probe.unlink()
@@ -100,15 +105,19 @@ class RunFolder:
             ) from None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` so that a reader sees the old file or the new one, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, allow_nan=False)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

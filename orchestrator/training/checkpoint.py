@@ -106,7 +106,7 @@ class Checkpoints:
             manifest = verify(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
         except RequestError as found:
             error = str(found)
-        errors = [None] * dist.get_world_size()
+        errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         if any(errors):
             raise CheckpointError(next(text for text in errors if text))
@@ -185,7 +185,7 @@ def _refuse_code(path: Path) -> None:
 
 def _random_state() -> dict[str, Any]:
     """Every generator that a job's code may draw from, in types that ``weights_only`` loading accepts."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - what users draw from
     version, internal, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -200,7 +200,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
 

@@ -26,7 +26,7 @@ from orchestrator.training.state import StepStats
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Engine", "deepspeed_config"]
+__all__ = ["Engine", "deepspeed_config", "require_precision"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TAG = "state"
@@ -72,6 +72,18 @@ def _zero_section(plan: Plan) -> dict[str, Any]:
     if plan.offload == "all":
         section["offload_param"] = {"device": "cpu", "pin_memory": True}
     return section
+
+
+def require_precision(plan: Plan) -> None:
+    """Refuse a precision that the CPU at hand cannot compute in.
+
+    Raises:
+        ConfigError: fp16 on a CPU without fp16 arithmetic.
+    """
+    on_cpu = plan.device == "cpu" and plan.precision == "fp16"
+    # The same question DeepSpeed's CPU accelerator asks; torch has no public one.
+    if on_cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # noqa: SLF001
+        raise ConfigError("layout.precision='fp16': this CPU has no fp16 arithmetic; use bf16, fp32 or auto")
 
 
 class Engine:
@@ -166,6 +178,7 @@ class Engine:
         """Forward and backward of every micro batch; returns this rank's mean loss, detached."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         count = len(micro_batches)
+        scale = self._missing_loss_scale()
         for index, columns in enumerate(micro_batches):
             # DeepSpeed counts micro steps since the start of the run, which breaks when accumulation changes:
             # the boundary is therefore said, never counted, and the division is ours.
@@ -173,7 +186,7 @@ class Engine:
             loss = self._task.loss(self.model, self.to_device(columns))
             if loss.ndim != 0:
                 raise ValueError(f"Task.loss returned shape {tuple(loss.shape)}; return the mean over the samples")
-            self._engine.backward(loss / count, scale_wrt_gas=False)
+            self._engine.backward(loss * (scale / count), scale_wrt_gas=False)
             total += loss.detach().double() / count
         return total
 
@@ -187,10 +200,21 @@ class Engine:
                 return norm, False
             self._engine.step()
             return norm, True
+        scale = self._missing_loss_scale()  # before the step: it may change it
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         applied = bool(self._engine.was_step_applied())
-        return (float(norm) if norm is not None else math.nan), applied
+        return (float(norm) / scale if norm is not None else math.nan), applied
+
+    def _missing_loss_scale(self) -> float:
+        """What fp16 in stage 0 needs multiplied to its loss, and 1 elsewhere.
+
+        That wrapper divides gradients by its loss scale, but DeepSpeed 0.19.8's ``backward`` never multiplied by it
+        (its pull request 8393): updates would be 65,536 times too small.
+        """
+        if self._plan.precision == "fp16" and self._plan.zero_stage == 0:
+            return float(self._engine.optimizer.loss_scale)
+        return 1.0
 
     def _share(self, loss: torch.Tensor, elapsed_s: float, said: Sequence[float]) -> list[float]:
         if self._world_size == 1:
@@ -219,6 +243,7 @@ def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Modul
 
 
 def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
+    require_precision(plan)
     if plan.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -227,21 +252,16 @@ def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
         # Its shared-memory op would be compiled at first use: over a minute, and for ever after a kill in that
         # minute, since the build leaves its lock behind. Gloo reduces instead.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _require_precision_on_cpu(plan.precision)
     deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
     optimizer = build_optimizer(model, config.recipe, device=plan.device)
+    # Some of its wrappers allocate their state by taking a step on zero gradients, in which LAMB's decay would act.
+    set_learning_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
     if plan.zero_stage == 0 and plan.precision != "fp32":
-        # This wrapper allocates its state by taking a step on zero gradients, which Adam would count as its first.
+        # The one of this case leaves that state behind, and Adam would count the step as its first.
         optimizer.state.clear()
     add_penalties(optimizer)
     return engine
-
-
-def _require_precision_on_cpu(precision: str) -> None:
-    supported = precision != "fp16" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if not supported:
-        raise ConfigError("layout.precision='fp16': this CPU has no fp16 arithmetic; use bf16, fp32 or auto")
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -255,7 +275,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).double())) if tensors else 0.0
+    return float(nn.utils.get_total_norm(tensors)) if tensors else 0.0
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def _checked(values: Mapping[str, Tensor], samples: int) -> Mapping[str, Tensor]
     for name, value in values.items():
         if value.shape != (samples,):
             raise ValueError(
-                f"Task.metrics[{name!r}] has shape {tuple(value.shape)} for {samples} samples; return one value per sample"
+                f"Task.metrics[{name!r}] has shape {tuple(value.shape)} for {samples} samples; "
+                "return one value per sample"
             )
     return values

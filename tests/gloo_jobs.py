@@ -1,0 +1,301 @@
+"""What the processes of a ``GlooGroup`` run: small tasks on made-up data, the engine step by step, and the loop.
+
+Everything here is named in messages to spawned processes, so it stays importable and its values picklable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.config import SGD, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
+from orchestrator.errors import OrchestratorError
+from orchestrator.job import Dataset, Datasets, Task
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.layout import Layout
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.storage.fence import DriverLock, Fence
+from orchestrator.storage.folder import RunFolder
+from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.data import Stream, open_dataset
+from orchestrator.training.engine import Engine
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.loop import Training, train
+from orchestrator.training.recorder import Recorder
+from orchestrator.training.state import StepStats, TrainState
+
+FEATURES, CLASSES = 8, 4
+
+# -- data and tasks ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A data set in memory: ``x`` [n, 8] and ``y`` [n]."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    @classmethod
+    def made_up(cls, count: int, seed: int = 0) -> Rows:
+        """Samples whose label is a noisy function of their features, so that there is something to learn."""
+        draw = np.random.default_rng(seed)
+        x = draw.standard_normal((count, FEATURES)).astype(np.float32)
+        score = x @ draw.standard_normal((FEATURES, CLASSES)) + draw.standard_normal((count, CLASSES))
+        return cls(x, score.argmax(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"x": self.x[positions], "y": self.y[positions]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """Classify ``Rows`` with what ``build`` returns."""
+
+    build: Callable[[], nn.Module]
+    train: Rows = dataclasses.field(default_factory=lambda: Rows.made_up(96))
+    evaluation: Rows | None = None
+
+    def datasets(self) -> Datasets:
+        return Datasets(self.train, self.evaluation)
+
+    def model(self) -> nn.Module:
+        return self.build()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["y"])
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        scores = model(batch["x"])
+        right = scores.argmax(dim=1) == batch["y"]
+        return {"accuracy": right.float(), "loss": F.cross_entropy(scores, batch["y"], reduction="none")}
+
+
+def mlp() -> nn.Module:
+    """Two hidden layers: nothing in it couples the samples of a batch."""
+    return nn.Sequential(nn.Linear(FEATURES, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, CLASSES))
+
+
+class Attention(nn.Module):
+    """One pre-norm transformer block over eight tokens of one feature each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 12
+        self.embed = nn.Linear(1, width)
+        self.place = nn.Parameter(0.1 * torch.randn(FEATURES, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        # Without biases: the key's has no gradient but rounding, which Adam would blow up to whole steps.
+        self.mix = nn.MultiheadAttention(width, 2, bias=False, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.unsqueeze(-1)) + self.place
+        normed = self.norm1(x)
+        x = x + self.mix(normed, normed, normed, need_weights=False)[0]
+        x = x + self.feed(self.norm2(x))
+        return self.head(x.mean(dim=1))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A residual block with real batch norm and, where asked for, dropout."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(torch.relu(self.norm(self.linear(x))))
+
+
+def blocks(dropout: float = 0.0) -> nn.Module:
+    """Three blocks with batch norm in a ``Sequential``: what activation checkpointing recomputes."""
+    body = nn.Sequential(*[Block(16, dropout) for _ in range(3)])
+    return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
+
+
+def dropped_blocks() -> nn.Module:
+    """The same with dropout: what it computes depends on the random state."""
+    return blocks(dropout=0.2)
+
+
+# -- configs and plans -------------------------------------------------------------------------
+
+
+def toy_config(
+    workers: int = 2, *, recipe: dict[str, Any] | None = None, layout: dict[str, Any] | None = None, **fields: Any
+) -> RunConfig:
+    """A config of batch 16, with fields of the recipe and the layout replaced."""
+    base = {"batch": 16, "optimizer": SGD(learning_rate=0.1), "stop": Stop(steps=20)}
+    return RunConfig(
+        name="toy",
+        recipe=Recipe(**{**base, **(recipe or {})}),
+        layout=LayoutConfig(**{"zero_stage": 1, "precision": "fp32", **(layout or {})}),
+        scale=ScaleConfig(workers=workers),
+        **fields,
+    )
+
+
+def data_of(task: Task) -> tuple[Dataset, Dataset | None]:
+    """The opened training and evaluation set."""
+    sets = task.datasets()
+    return open_dataset(sets.train), None if sets.evaluation is None else open_dataset(sets.evaluation)
+
+
+def plan_for(config: RunConfig, task: Task) -> Plan:
+    """The plan of ``config`` on a cluster of CPUs that just holds it."""
+    assert isinstance(config.scale.workers, int)
+    train_set, evaluation_set = data_of(task)
+    shape = ClusterShape(nodes=1, cpus=config.scale.workers)
+    return make_plan(config, shape, train_samples=len(train_set), evaluation_samples=len(evaluation_set or ()))
+
+
+def make_engine(config: RunConfig, task: Task) -> Engine:
+    """A new engine in this process."""
+    if config.layout.precision == "fp16":
+        _emulate_fp16()
+    return Engine(task, config, plan_for(config, task), device=torch.device("cpu"))
+
+
+def _emulate_fp16() -> None:
+    """Say that this CPU computes in fp16: torch does it in software where the hardware cannot."""
+    import deepspeed.accelerator.cpu_accelerator as cpu
+
+    from orchestrator.training import engine
+
+    cpu.CPU_Accelerator.is_fp16_supported = lambda _: True
+    cpu.CPU_Accelerator.supported_dtypes = lambda _: [torch.float32, torch.bfloat16, torch.float16]
+    engine._require_precision_on_cpu = lambda _: None
+
+
+# -- the engine, step by step ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What some steps gave: the same numbers on every rank, and each rank's own buffers."""
+
+    losses: list[float]
+    norms: list[float]
+    applied: list[bool]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def take_steps(config: RunConfig, task: Toy, layouts: Sequence[Layout], rates: Sequence[float]) -> Steps:
+    """A new engine's steps along the stream, each in its own layout and at its own rate."""
+    engine = make_engine(config, task)
+    stats, cursor = [], 0
+    for layout, rate in zip(layouts, rates, strict=True):
+        stats.append(step_at(engine, config, task, cursor, layout, rate))
+        cursor += layout.global_batch
+    return Steps(
+        losses=[s.loss for s in stats],
+        norms=[s.grad_norm for s in stats],
+        applied=[s.applied for s in stats],
+        weights=weights_of(engine),
+        buffers={name: buffer.clone() for name, buffer in engine.module.named_buffers()},
+    )
+
+
+def step_at(engine: Engine, config: RunConfig, task: Toy, cursor: int, layout: Layout, rate: float) -> StepStats:
+    """One step on this rank's part of the global batch at ``cursor``."""
+    positions = Stream(len(task.train), config.seed).micro_batches(cursor, layout, dist.get_rank())
+    return engine.step([task.train.take(p) for p in positions], learning_rate=rate)
+
+
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    """Whole parameters in fp32, by name; in 16 bit what the model computes with, not the masters."""
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    sharded = [p for p in parameters.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        return {_plain(name): p.detach().float().clone() for name, p in parameters.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+# -- evaluation --------------------------------------------------------------------------------
+
+
+def evaluate_new(config: RunConfig, task: Toy, batch: int) -> dict[str, float]:
+    """Evaluate an untrained model."""
+    assert task.evaluation is not None
+    return evaluate(make_engine(config, task), task, task.evaluation, batch=batch)
+
+
+# -- the loop ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How the loop ended on one rank: an outcome, or an error's class name and message."""
+
+    reason: str = ""
+    stopped: bool = False
+    state: TrainState | None = None
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    error: str = ""
+    message: str = ""
+
+
+def run_loop(config: RunConfig, task: Task, root: Path, driver: str, stop_in: int | None = None) -> Ended:
+    """``train`` as a worker runs it, in the run folder ``root``; a stop is asked for in step ``stop_in`` of this call."""
+    run = _training(config, task, RunFolder(root), driver, stop_in)
+    try:
+        outcome = train(run)
+    except OrchestratorError as error:
+        return Ended(error=type(error).__name__, message=str(error), weights=weights_of(run.engine))
+    finally:
+        run.checkpoints.fence.release()
+    return Ended(outcome.reason, outcome.stopped, outcome.state, weights_of(run.engine))
+
+
+def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, stop_in: int | None) -> Training:
+    token = [Fence.begin(folder.control, driver=driver, patience_s=5.0) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(token, src=0)
+    assert token[0] is not None
+    fence = Fence(folder.control, token[0])
+    plan = plan_for(config, task)
+    layout_key = {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+    train_set, evaluation_set = data_of(task)
+    calls = itertools.count(1)
+    return Training(
+        config=config,
+        plan=plan,
+        task=task,
+        engine=make_engine(config, task),
+        train_set=train_set,
+        evaluation_set=evaluation_set,
+        checkpoints=Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, layout_key),
+        recorder=Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1),
+        rank=dist.get_rank(),
+        stop_requested=lambda: dist.get_rank() == 0 and next(calls) == stop_in,
+    )
+
+
+def new_run(root: Path) -> tuple[Path, str]:
+    """Make the run folder ``root``, in the tests' own process, and return what ``run_loop`` needs of it."""
+    folder = RunFolder(root)
+    folder.create()
+    lock = DriverLock(folder.control)
+    lock.release()
+    return root, lock.driver

@@ -1,0 +1,94 @@
+"""Runs the real command line, in this process for what is refused and in processes of its own for what starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+def environment(runs: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}", "HOME": str(runs)}
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start ``orchestrator run JOB ... --json`` in a folder of the test's own; whatever is left is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(job: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "orchestrator", "run", job, "--json", *options]
+        process = subprocess.Popen(
+            words,
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(command: Callable[..., subprocess.Popen[str]]) -> Callable[..., Ended]:
+    """Run a command to its end."""
+
+    def to_end(job: str, *options: str) -> Ended:
+        process = command(job, *options)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return Ended(process.returncode, out, err)
+
+    return to_end
+
+
+@pytest.fixture
+def refuse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Give a command that must be refused: exit code 2, one message, nothing left behind. Returns the message."""
+    from orchestrator import cli
+
+    def refused(*words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2, err
+        assert "Traceback" not in out + err
+        assert err.startswith("error: "), err
+        return err.removeprefix("error: ").strip()
+
+    return refused
