@@ -1,10 +1,10 @@
 """The bare side of overhead.py: the digits ResNet on DeepSpeed ZeRO-1, as a user would write it by hand.
 
-Started by torchrun, one process per worker; writes ``rank-N.json`` with the wall clock and this rank's loss after each
-step. Like anyone who shows a loss it reads ``loss.item()`` every step, but it does not average it over the ranks. It has
-no checkpoints, no evaluation, no records, no way to stop and none to go on. From the orchestrator it takes only
-the task of ``jobs.vision:digits`` and the numbers of its recipe; samples and random numbers come in the same order, so the
-losses of both sides can be compared.
+Started by torchrun, one process per worker; writes ``rank-N.json`` with the wall clock and this rank's loss after
+each step. Like anyone who shows a loss it reads ``loss.item()`` every step, but it does not average it over the
+ranks. It has no checkpoints, no evaluation, no records, no way to stop and none to go on. From the orchestrator it
+takes only the task of ``jobs.vision:digits`` and the numbers of its recipe; samples and random numbers come in the
+same order, so the losses of both sides can be compared.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ Both sides train the ResNet of ``jobs.vision:digits`` on this machine: two worke
 fp32, global batch 64, the same recipe, the same samples in the same order. That they compute the same is checked:
 the losses of the first steps must agree, or the benchmark fails.
 
-- ours: the real command in a process of its own, with an embedded Ray cluster. Time is taken from ``metrics.jsonl``.
-- bare: ``bare_deepspeed.py`` under torchrun; it calls ``loss.item()`` each step and does nothing else that could be left out.
+- ours: the real command in a process of its own, with an embedded Ray cluster; times come from ``metrics.jsonl``.
+- bare: ``bare_deepspeed.py`` under torchrun; it calls ``loss.item()`` each step and leaves out all else it can.
 
 A run's figure is wall clock from the end of step 50 to the end of the last one, so it holds everything that happens
 between steps: reading data, the learning rate, averaging the loss over the workers, watching for a stop, recording,
 and what Ray's own processes and the progress display take from the same cores. Start-up, evaluation and checkpoints
-lie outside the window on both sides. Side A's workers run at the benchmark's own priority: Ray starts them at nice 15, which
-is without effect on a machine of one's own, and measures the neighbours on a shared one.
+lie outside the window on both sides. Both sides' workers run at the benchmark's own priority: Ray would start them at
+nice 15, which is without effect on a machine of one's own, and measures the neighbours on a shared one.
 
 The sides take turns, and who goes first takes turns too: A B, B A, A B. The verdict is the median over the pairs of
 samples/s of ours over samples/s of the bare loop, wanted at 0.97 or more where a step takes 20 ms or more. The
@@ -138,7 +138,7 @@ def _options() -> argparse.Namespace:
     if options.runs < 1 or options.width < 1:
         parser.error("--runs and --width start at 1")
     if options.steps < WARM_UP_STEPS + 50:
-        parser.error(f"--steps must leave 50 timed steps after the first {WARM_UP_STEPS}: at least {WARM_UP_STEPS + 50}")
+        parser.error(f"--steps={options.steps} leaves too few to time: give at least {WARM_UP_STEPS + 50}")
     return options
 
 
@@ -248,14 +248,11 @@ def table(pairs: list[Pair]) -> str:
     met = "met" if ratio["median"] >= TARGET else "missed"
     verdict = f"not judged: a step takes less than {TARGET_STEP_MS:.0f} ms" if short else met
     runs = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}"
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"Ratio of samples/s, ours / bare: median {ratio['median']:.3f} of {runs} "
-            f"({ratio['min']:.3f} to {ratio['max']:.3f}); target {TARGET}: {verdict}.",
-        ]
+    spread = f"({ratio['min']:.3f} to {ratio['max']:.3f})"
+    last = (
+        f"Ratio of samples/s, ours / bare: median {ratio['median']:.3f} of {runs} {spread}; target {TARGET}: {verdict}."
     )
+    return "\n".join([*rows, "", last])
 
 
 def page(setup: Setup, pairs: list[Pair], hardware: str) -> str:
@@ -270,8 +267,8 @@ def page(setup: Setup, pairs: list[Pair], hardware: str) -> str:
 {datetime.now(UTC).date()}. {hardware}.
 
 `python benchmarks/overhead.py --runs {len(pairs)} --steps {setup.steps} --width {setup.width}`: ResNet of
-`jobs.vision:digits`, global batch {BATCH} on {WORKERS} gloo workers with one CPU each, ZeRO stage 1, fp32. What is measured, and
-how, is in the script's first lines. Figures are medians over the runs; lower ms and higher samples/s are better.
+`jobs.vision:digits`, global batch {BATCH} on {WORKERS} gloo workers with one CPU each, ZeRO stage 1, fp32. What is
+measured, and how, is in the script's first lines. Figures are medians over the runs.
 
 {table(pairs)}
 

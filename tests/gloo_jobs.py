@@ -180,7 +180,7 @@ def _emulate_fp16() -> None:
 
     cpu.CPU_Accelerator.is_fp16_supported = lambda _: True
     cpu.CPU_Accelerator.supported_dtypes = lambda _: [torch.float32, torch.bfloat16, torch.float16]
-    engine._require_precision_on_cpu = lambda _: None
+    engine.require_precision = lambda _: None
 
 
 # -- the engine, step by step ------------------------------------------------------------------

@@ -601,7 +601,9 @@ def existing_cluster(
 ) -> list[Finding]:
     """Reach the cluster at ``text``, named by ``source``, and hold its answer against this machine and the job."""
     if text == "auto":
-        found = ask("auto", "token" if has_token(environment) else "")  # Ray sends a token to what it finds itself
+        if has_token(environment) and "RAY_AUTH_MODE" not in environment:
+            environment = {**environment, "RAY_AUTH_MODE": "token"}  # Ray sends a token to what it finds by itself
+        found = ask("auto", environment.get("RAY_AUTH_MODE", ""))
         if not found.address and not found.failure:
             return [_problem("cluster", "auto: no cluster was started on this machine", "ray start --head --port=6379")]
         return _joined(found, found.address or "auto", environment, config=config, home=home)
@@ -652,14 +654,11 @@ def _joined(
     if cluster.failure:
         detail = f"{where} is open, but does not answer as a Ray cluster: {cluster.failure}"
         return [_problem("cluster", detail, "--address HOST:PORT as ray start --head has printed it")]
-    kind = f" ({cluster.accelerator})" if cluster.accelerator else ""
-    nodes, cpus = _many(len(cluster.nodes), "node"), _many(cluster.cpus, "CPU")
     shape = ClusterShape(len(cluster.nodes), cluster.cpus, cluster.accelerators, cluster.accelerator)
+    has = f"{_many(shape.nodes, 'node')}, {_many(shape.cpus, 'CPU')}, {_many(shape.accelerators, 'accelerator')}"
+    kind = f" ({cluster.accelerator})" if cluster.accelerator else ""
     return [
-        _ok(
-            "cluster",
-            f"{where}: Ray {cluster.ray}, {nodes}, {cpus}, {_many(cluster.accelerators, 'accelerator')}{kind}",
-        ),
+        _ok("cluster", f"{where}: {has}{kind}"),
         *versions(cluster, environment),
         *member(cluster, where),
         *capacity(shape, config),
@@ -685,6 +684,8 @@ def versions(
 ) -> list[Finding]:
     """Ray wants the same Ray and, unless told otherwise, the same Python to the patch level on both sides."""
     ray = (installed_version("ray") or "") if ray is None else ray
+    if not cluster.ray:
+        return []
     if cluster.ray != ray:
         detail = f"the cluster runs Ray {cluster.ray}, and this machine {ray or 'none'}"
         return [_problem("cluster.versions", detail, f"pip install 'ray[train,tune]=={cluster.ray}'")]
@@ -696,7 +697,8 @@ def versions(
     if cluster.python != python and environment.get(minor) != "minor":
         detail = f"the cluster runs Python {cluster.python}, and this machine {python}: Ray refuses the difference"
         return [_problem("cluster.versions", detail, f"export {minor}=minor")]
-    return [_ok("cluster.versions", f"Ray {ray} and Python {python}, as here")]
+    pythons = f"{python}, as here" if cluster.python == python else f"{cluster.python} there, {python} here"
+    return [_ok("cluster.versions", f"Ray {ray} and Python {pythons}")]
 
 
 def member(cluster: Cluster, where: str, own: Sequence[str] | None = None) -> list[Finding]:
@@ -1084,7 +1086,8 @@ def _last_words(code: int, noise: str) -> str:
         return "no end in sight, so it was stopped" if code == -signal.SIGALRM else "it was killed"
     if code < 0:
         return f"it crashed ({signal.Signals(-code).name})"
-    return _brief(noise) or f"exit code {code}"
+    line = _brief(noise)
+    return line if line and code == 1 else f"exit code {code}{f': {line}' if line else ''}"
 
 
 def _brief(text: str) -> str:
@@ -1161,7 +1164,7 @@ def probe_cluster(where: str, mode: str) -> Iterator[dict[str, Any]]:
     signal.alarm(ANSWER_S)
     if where == "auto":
         with contextlib.suppress(ConnectionError):
-            where = canonicalize_bootstrap_address(where)
+            where = canonicalize_bootstrap_address(where) or where
         if where == "auto":
             return
     yield {"address": where}

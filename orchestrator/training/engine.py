@@ -20,6 +20,7 @@ from orchestrator.job import Task
 from orchestrator.planning.plan import Plan
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
 from orchestrator.training.optimizer import add_penalties, build_optimizer, set_learning_rate
+from orchestrator.training.precision import DTYPES, compute_in
 from orchestrator.training.recompute import checkpoint_blocks
 from orchestrator.training.state import StepStats
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "deepspeed_config", "require_precision"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TAG = "state"
 # Elements per communication bucket. DeepSpeed's default of 5e8 would reserve gigabytes on each device.
 BUCKET_ELEMENTS = 50_000_000
@@ -232,13 +232,8 @@ def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Modul
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if plan.activation_checkpointing:
         checkpoint_blocks(model)
-    dtype = DTYPES[plan.precision]
-    if dtype != torch.float32:
-        # DeepSpeed casts the parameters; what flows in must match them, and losses are computed in fp32.
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: (_cast(args, dtype), _cast(kwargs, dtype)), with_kwargs=True
-        )
-        model.register_forward_hook(lambda _, __, output: _cast(output, torch.float32))
+    if plan.precision != "fp32":
+        compute_in(model, DTYPES[plan.precision])
     return model
 
 
@@ -262,16 +257,6 @@ def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
         optimizer.state.clear()
     add_penalties(optimizer)
     return engine
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 240
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-def environment(runs: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}", "HOME": str(runs)}
+from commands import TIMEOUT_S, Ended, environment
 
 
 @pytest.fixture
@@ -74,9 +50,7 @@ def run(command: Callable[..., subprocess.Popen[str]]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def refuse(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., str]:
+def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """Give a command that must be refused: exit code 2, one message, nothing left behind. Returns the message."""
     from orchestrator import cli
 

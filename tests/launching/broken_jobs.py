@@ -1,0 +1,58 @@
+"""Jobs that go wrong while they run; imported by name in the tests' own runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jobs.vision import MlpTask, mlp
+from orchestrator.job import Job
+
+WRONG_AT = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class BuggyTask(MlpTask):
+    """Divides by zero on rank 1, in the 30th step."""
+
+    calls: ClassVar[list[int]] = []
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append(1)
+        if len(self.calls) == WRONG_AT and dist.get_rank() == 1:
+            return super().loss(model, batch) * (1 / 0)  # the bug
+        return super().loss(model, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class NanTask(MlpTask):
+    """Loses its loss on rank 1, in the 30th step."""
+
+    calls: ClassVar[list[int]] = []
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append(1)
+        loss = super().loss(model, batch)
+        if len(self.calls) == WRONG_AT and dist.get_rank() == 1:
+            return loss * torch.nan
+        return loss
+
+
+def buggy() -> Job:
+    return _with(BuggyTask, "buggy")
+
+
+def nan() -> Job:
+    return _with(NanTask, "nan")
+
+
+def _with(kind: type[MlpTask], name: str) -> Job:
+    parent = mlp()
+    assert isinstance(parent.task, MlpTask)
+    config = parent.config.model_copy(update={"name": name})
+    return dataclasses.replace(parent, config=config, task=kind(**dataclasses.asdict(parent.task)))

@@ -1,0 +1,265 @@
+"""Whole runs of the main job, on Ray, through the command line: to the end, killed, stopped and broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+
+pytestmark = pytest.mark.ray
+
+DIGITS = "jobs.vision:digits"
+Start = Callable[..., "subprocess.Popen[str]"]
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The main job, left alone, as `make run` starts it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json"]
+    done = subprocess.run(
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def losses(folder: Path) -> list[float]:
+    found = records(folder)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1)), "each step once, in order"
+    return [record["loss"] for record in found]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(record["step"] >= step for record in records(folder)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray names its processes after what they run."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def test_main_job_reaches_its_accuracy(undisturbed: Ended) -> None:
+    summary = undisturbed.summary
+    assert summary["state"] == "finished"
+    assert summary["metrics"]["accuracy"] >= 0.97
+    assert summary["step"] == 270
+    assert summary["samples"] == 270 * 64
+    folder = Path(summary["folder"])
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "plan.json", "metrics.jsonl", "attempts.jsonl", "report.html", "checkpoints"}
+    assert (Path(summary["checkpoint"]) / "manifest.json").is_file()
+    report = (folder / "report.html").read_text()
+    assert report.count("<svg") >= 5
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_output_is_the_run_and_not_rays_noise(undisturbed: Ended) -> None:
+    assert undisturbed.out.count("\n") == 1, "one JSON object and nothing else"
+    for wanted in ("plan for digits", "64 = 2 workers x 32 micro batch", "samples/s", "evaluation at step", "left"):
+        assert wanted in undisturbed.err
+    for noise in ("raylet", "INFO", "WARNING", "Warning", "gcs", "ray::"):
+        assert noise not in undisturbed.err
+
+
+def test_evaluation_counts_the_held_out_fifth_once(undisturbed: Ended) -> None:
+    accuracies = [e["metrics"]["accuracy"] for e in records(Path(undisturbed.summary["folder"]), "evaluations.jsonl")]
+    assert len(accuracies) >= 6
+    for accuracy in accuracies:  # 360 samples: any other count would give other fractions
+        assert accuracy * 360 == pytest.approx(round(accuracy * 360), abs=1e-6)
+
+
+def test_finished_run_says_so_at_once(undisturbed: Ended) -> None:
+    folder = Path(undisturbed.summary["folder"]).parents[1]
+    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json"]
+    again = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "finished already" in again.stderr
+    assert json.loads(again.stdout) == undisturbed.summary
+
+
+def test_killed_worker_is_replaced_and_nothing_changes(undisturbed: Ended, command: Start, tmp_path: Path) -> None:
+    process = command(DIGITS, "--set", "checkpoint.interval_steps=40")
+    folder = tmp_path / "runs" / "digits"
+    wait_for_step(folder, 100, process)
+    workers_of(process)[-1].send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert "workers were lost and replaced; going on from step" in err
+    assert "raylet" not in err
+    starts = [r for r in records(folder, "attempts.jsonl") if r["event"] == "started"]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 80
+    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
+    assert json.loads(out)["metrics"] == undisturbed.summary["metrics"]
+
+
+def test_killed_driver_leaves_nothing_and_its_run_goes_on(
+    undisturbed: Ended, command: Start, run: Run, tmp_path: Path
+) -> None:
+    options = ("--set", "checkpoint.interval_steps=40")
+    process = command(DIGITS, *options)
+    folder = tmp_path / "runs" / "digits"
+    wait_for_step(folder, 100, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in family)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, "leftovers of a dead run end by themselves within seconds"
+    done = run(DIGITS, *options)
+    assert done.code == 0, done.err
+    assert "going on from checkpoint step-" in done.err
+    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
+    assert done.summary["metrics"] == undisturbed.summary["metrics"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(
+    undisturbed: Ended, command: Start, run: Run, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = command(DIGITS)
+    folder = tmp_path / "runs" / "digits"
+    wait_for_step(folder, 60, process)
+    # A terminal sends Ctrl-C to the whole group, a supervisor sends TERM to the process it knows.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "run the same command again" in err
+    stopped = json.loads(out)
+    assert stopped["state"] == "stopped"
+    assert stopped["checkpoint"].endswith(f"step-{stopped['step']:08d}")
+    assert len(losses(folder)) == stopped["step"] < 270
+    if number == signal.SIGTERM:
+        assert run(DIGITS).code == 0
+        assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
+
+
+def test_corrupt_checkpoint_is_named_and_the_one_before_offered(
+    undisturbed: Ended, command: Start, run: Run, tmp_path: Path
+) -> None:
+    process = command(DIGITS, "--set", "checkpoint.interval_steps=40", "--set", "checkpoint.keep=3")
+    folder = tmp_path / "runs" / "digits"
+    wait_for_step(folder, 90, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT_S)
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    shard = next(newest.rglob("zero_pp_rank_1*.pt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+
+    refused = run(DIGITS)
+    assert refused.code == 2
+    assert newest.name in refused.err
+    assert shard.name in refused.err
+    assert "--from-checkpoint step-00000080" in refused.err
+
+    done = run(DIGITS, "--from-checkpoint", "step-00000080")
+    assert done.code == 0, done.err
+    assert (folder / "checkpoints" / f"set-aside-{newest.name}").is_dir()
+    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
+
+
+def test_changed_config_is_refused_with_the_fields_that_differ(run: Run, undisturbed: Ended) -> None:
+    uri = str(Path(undisturbed.summary["folder"]).parent)
+    changed = run(DIGITS, "--set", f"checkpoint.uri={uri}", "--set", "recipe.optimizer.learning_rate=0.5")
+    assert changed.code == 2
+    assert "recipe.optimizer.learning_rate: 0.006 -> 0.5" in changed.err
+    assert "--force-config" in changed.err
+    assert "checkpoint.uri:" not in changed.err, "where checkpoints lie does not change what is computed"
+
+
+def test_bug_in_the_job_is_shown_once_with_rank_step_and_the_users_line(run: Run, tmp_path: Path) -> None:
+    ended = run("broken_jobs:buggy")
+    assert ended.code == 1
+    lines = ended.err.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("error: "))
+    assert lines[first] == "error: ZeroDivisionError on rank 1, step 30: division by zero"
+    assert "broken_jobs.py" in lines[first + 1]
+    assert lines[first + 2].strip() == "return super().loss(model, batch) * (1 / 0)  # the bug"
+    assert "Traceback" in ended.err
+    starts = [r for r in records(tmp_path / "runs" / "buggy", "attempts.jsonl") if r["event"] == "started"]
+    assert len(starts) == 1, "a bug is not retried"
+
+
+def test_nan_stops_the_run_and_names_the_last_good_checkpoint(run: Run) -> None:
+    ended = run("broken_jobs:nan", "--set", "checkpoint.interval_steps=20")
+    assert ended.code == 1
+    assert "step 30: loss nan" in ended.err
+    assert "checkpoints/step-00000020" in ended.err
+    assert "failures.skip_nonfinite_steps" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_nan_can_be_skipped(run: Run, tmp_path: Path) -> None:
+    ended = run("broken_jobs:nan", "--set", "failures.skip_nonfinite_steps=1")
+    assert ended.code == 0, ended.err
+    assert [r["step"] for r in records(tmp_path / "runs" / "nan") if r["skipped"]] == [30]
+    assert ended.summary["metrics"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_bf16_is_within_a_point_of_fp32(undisturbed: Ended, run: Run, stage: int) -> None:
+    ended = run(DIGITS, "--set", "layout.precision=bf16", "--set", f"layout.zero_stage={stage}")
+    assert ended.code == 0, ended.err
+    assert ended.summary["metrics"]["accuracy"] >= undisturbed.summary["metrics"]["accuracy"] - 0.01
+
+
+def test_existing_cluster_is_used_and_left_alone(run: Run, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    env = {**environment(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray = Path(sys.executable).with_name("ray")
+    with subprocess.Popen(
+        [ray, *words], env=env, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as head:
+        try:
+            wait_for_port(port)
+            ended = run("jobs.vision:mlp", "--address", f"127.0.0.1:{port}")
+            assert ended.code == 0, ended.err
+            assert ended.summary["metrics"]["accuracy"] >= 0.9
+            too_many = run("jobs.vision:mlp", "--fresh", "--address", f"127.0.0.1:{port}", "--set", "scale.workers=3")
+            assert too_many.code == 2
+            assert "scale.workers=3" in too_many.err
+            assert head.poll() is None
+        finally:
+            head.terminate()
+
+
+def wait_for_port(port: int) -> None:
+    import socket
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                time.sleep(3)  # the raylet joins after the port answers
+                return
+        time.sleep(0.2)
+    raise AssertionError("the head did not start")
