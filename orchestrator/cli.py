@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from orchestrator import __version__
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
+    from orchestrator.launching.doctor.finding import Finding
     from orchestrator.launching.preflight import RunRequest
     from orchestrator.planning.plan import Plan
     from orchestrator.telemetry.progress import Display
@@ -105,14 +106,22 @@ def plan(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Option(help="Folder that holds, or will hold, the folders of runs.")] = Path("runs"),
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="A job to hold against what is here, as module:function.")
+    ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where the folders of runs lie; by default as JOB says, or runs."),
+    ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Look for what would break a run here: versions, accelerators, cluster, storage, leftovers."""
-    from orchestrator.launching.doctor import breaks_a_run, examine
+    from orchestrator.job import load
+    from orchestrator.launching.doctor.examination import examine
+    from orchestrator.launching.doctor.finding import breaks_a_run
 
-    findings = examine(folder=folder, address=address)
+    findings = examine(folder=folder, address=address, config=load(job).config if job else None)
     if as_json:
         print(json.dumps([{**vars(finding)} for finding in findings], indent=2))
     else:
@@ -179,14 +188,17 @@ def _finish(summary: Mapping[str, Any], as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _print_findings(findings: Any) -> None:
+def _print_findings(findings: Sequence[Finding]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from orchestrator.launching.doctor.finding import rows
 
     marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "what was found", "what to do"):
         table.add_column(heading, overflow="fold")
-    for finding in findings:
-        table.add_row(finding.check, marks[finding.status], finding.detail, finding.remedy)
+    for check, status, detail, remedy in rows(findings):
+        table.add_row(check, marks[status], escape(detail), escape(remedy))
     Console(soft_wrap=False).print(table)

@@ -5,8 +5,10 @@ Everything here is named in messages to spawned processes, so it stays importabl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
+from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import Stream, open_dataset
 from orchestrator.training.engine import Engine
@@ -81,6 +84,34 @@ class Toy:
         scores = model(batch["x"])
         right = scores.argmax(dim=1) == batch["y"]
         return {"accuracy": right.float(), "loss": F.cross_entropy(scores, batch["y"], reduction="none")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(Toy):
+    """The same with noise on its input from each generator that a user may draw from."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        noise = torch.as_tensor(np.random.standard_normal(batch["x"].shape), dtype=torch.float32)  # noqa: NPY002
+        shifted = batch["x"] + 0.1 * noise + 0.1 * random.random() + 0.1 * torch.rand(())
+        return super().loss(model, {**batch, "x": shifted})
+
+
+@dataclasses.dataclass(frozen=True)
+class Steep(Toy):
+    """The same with a loss so large that fp16 must first search for its scale."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return 1000.0 * super().loss(model, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring(Toy):
+    """The same with whatever ``answer`` says for metrics."""
+
+    answer: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.answer
 
 
 def mlp() -> nn.Module:
@@ -197,19 +228,22 @@ class Steps:
     buffers: dict[str, Tensor]
 
 
-def take_steps(config: RunConfig, task: Toy, layouts: Sequence[Layout], rates: Sequence[float]) -> Steps:
-    """A new engine's steps along the stream, each in its own layout and at its own rate."""
+def take_steps(
+    config: RunConfig, task: Toy, layouts: Sequence[Layout], rates: Sequence[float], leave_out: int | None = None
+) -> Steps:
+    """A new engine's steps along the stream, each in its own layout and at its own rate, but for one left out."""
     engine = make_engine(config, task)
     stats, cursor = [], 0
-    for layout, rate in zip(layouts, rates, strict=True):
-        stats.append(step_at(engine, config, task, cursor, layout, rate))
+    for index, (layout, rate) in enumerate(zip(layouts, rates, strict=True)):
+        if index != leave_out:
+            stats.append(step_at(engine, config, task, cursor, layout, rate))
         cursor += layout.global_batch
     return Steps(
         losses=[s.loss for s in stats],
         norms=[s.grad_norm for s in stats],
         applied=[s.applied for s in stats],
         weights=weights_of(engine),
-        buffers={name: buffer.clone() for name, buffer in engine.module.named_buffers()},
+        buffers=local_buffers(engine.module),
     )
 
 
@@ -233,13 +267,47 @@ def _plain(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-# -- evaluation --------------------------------------------------------------------------------
+# -- buffers and evaluation --------------------------------------------------------------------
+
+
+def average_buffers() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Buffers that differ between the ranks: before, inside and after ``averaged``."""
+    model = nn.BatchNorm1d(3)
+    rank = dist.get_rank()
+    model.running_mean = torch.tensor([1.0, 2.0, 3.0]) * (1 + rank)
+    model.running_var = torch.tensor([0.25, 0.5, 1.0]) + rank
+    model.num_batches_tracked = torch.tensor(5 + rank)
+    model.register_buffer("coarse", torch.tensor([1.0, 3.0], dtype=torch.bfloat16) * (1 + rank))
+    model.register_buffer("mask", torch.tensor([rank == 0, True]))
+    before = local_buffers(model)
+    with averaged(model):
+        inside = local_buffers(model)
+    return before, inside, local_buffers(model)
+
+
+def averaged_is_left_by_an_error() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Buffers before ``averaged`` and after an error inside it."""
+    model = nn.BatchNorm1d(3)
+    model.running_mean += dist.get_rank()
+    before = local_buffers(model)
+    with contextlib.suppress(ZeroDivisionError), averaged(model):
+        raise ZeroDivisionError
+    return before, local_buffers(model)
 
 
 def evaluate_new(config: RunConfig, task: Toy, batch: int) -> dict[str, float]:
     """Evaluate an untrained model."""
     assert task.evaluation is not None
     return evaluate(make_engine(config, task), task, task.evaluation, batch=batch)
+
+
+def evaluation_error(config: RunConfig, task: Toy) -> str:
+    """What evaluating an untrained model says of the task's metrics."""
+    try:
+        evaluate_new(config, task, 4)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # -- the loop ----------------------------------------------------------------------------------
@@ -253,12 +321,13 @@ class Ended:
     stopped: bool = False
     state: TrainState | None = None
     weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     error: str = ""
     message: str = ""
 
 
 def run_loop(config: RunConfig, task: Task, root: Path, driver: str, stop_in: int | None = None) -> Ended:
-    """``train`` as a worker runs it, in the run folder ``root``; a stop is asked for in step ``stop_in`` of this call."""
+    """``train`` as a worker runs it, in the run folder ``root``; a stop is asked for in its step ``stop_in``."""
     run = _training(config, task, RunFolder(root), driver, stop_in)
     try:
         outcome = train(run)
@@ -266,7 +335,8 @@ def run_loop(config: RunConfig, task: Task, root: Path, driver: str, stop_in: in
         return Ended(error=type(error).__name__, message=str(error), weights=weights_of(run.engine))
     finally:
         run.checkpoints.fence.release()
-    return Ended(outcome.reason, outcome.stopped, outcome.state, weights_of(run.engine))
+    weights, buffers = weights_of(run.engine), local_buffers(run.engine.module)
+    return Ended(outcome.reason, outcome.stopped, outcome.state, weights, buffers)
 
 
 def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, stop_in: int | None) -> Training:

@@ -44,3 +44,35 @@ def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
 
 def test_the_version_is_a_release_number() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", orchestrator.__version__)
+
+
+OPTIONS = {
+    "doctor": ["--address", "--folder", "--json", "job"],
+    "plan": ["--address", "--arg", "--json", "--set", "job"],
+    "run": [
+        "--address",
+        "--arg",
+        "--force-config",
+        "--fresh",
+        "--from-checkpoint",
+        "--json",
+        "--set",
+        "job",
+    ],
+}
+
+
+def test_the_commands_and_their_options_are_these() -> None:
+    from typer.main import get_command
+
+    from orchestrator.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: sorted(
+            parameter.name if parameter.param_type_name == "argument" else parameter.opts[0]
+            for parameter in command.params
+        )
+        for name, command in commands.items()
+    }
+    assert found == OPTIONS

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from orchestrator.errors import ClusterError
+from orchestrator.launching.limits import Limits, container_limits, usable_cpus
 from orchestrator.planning.cluster import ClusterShape
 
 __all__ = ["RayCluster", "address_of", "embedded_shape"]
@@ -32,9 +33,9 @@ def address_of(address: str | None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS") or None
 
 
-def embedded_shape() -> ClusterShape:
-    """What an embedded cluster on this machine offers, without starting it."""
-    cpus = float(len(os.sched_getaffinity(0)))
+def embedded_shape(limits: Limits | None = None) -> ClusterShape:
+    """What an embedded cluster on this machine offers, without starting it; ``limits``: by default the container's."""
+    cpus = float(usable_cpus(limits or container_limits()))
     accelerators, name = _local_accelerators()
     return ClusterShape(nodes=1, cpus=cpus, accelerators=accelerators, accelerator=name)
 

@@ -11,10 +11,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import socket
 import time
 from pathlib import Path
+
+import psutil
 
 from orchestrator.errors import FencedError, RunBusyError
 
@@ -35,7 +38,7 @@ class DriverLock:
         self._path = control / "driver.lock"
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
+            holder = _named_in(self._file)
             os.close(self._file)
             raise RunBusyError(
                 f"the run in {control.parent} is owned by {holder}: wait for it, stop it, or give this run another "
@@ -46,6 +49,23 @@ class DriverLock:
         self.driver = secrets.token_hex(8)
         """Names this driver; workers that were sent by another one do not begin."""
         (control / "driver").write_text(self.driver)
+
+    @staticmethod
+    def holder(control: Path) -> str | None:
+        """Which living process holds the lock of a run, or None.
+
+        The lock is tried for an instant, in which a new driver would find it taken; so it is not tried where the
+        process that it names is dead.
+        """
+        try:
+            file = os.open(control / "driver.lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            named = _named_in(file)
+            return None if _is_dead(named) or _flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB) else named
+        finally:
+            os.close(file)
 
     def release(self) -> None:
         """Let the next driver in."""
@@ -106,6 +126,16 @@ class Fence:
     def release(self) -> None:
         """Tell the next attempt that this worker has ended."""
         os.close(self._lock)
+
+
+def _named_in(file: int) -> str:
+    return os.read(file, 200).decode(errors="replace").strip() or "another process"
+
+
+def _is_dead(named: str) -> bool:
+    """Whether ``named``, as ``DriverLock`` writes it, was a process of this machine that is gone."""
+    match = re.fullmatch(r"process (\d+) on (\S+)", named)
+    return match is not None and match[2] == socket.gethostname() and not psutil.pid_exists(int(match[1]))
 
 
 def _flock(file: int, how: int) -> bool:

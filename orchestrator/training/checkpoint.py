@@ -1,16 +1,19 @@
 """Checkpoints of a run: written by all ranks, made to exist by a manifest, verified before they are trusted.
 
 A checkpoint is a folder ``step-00000120`` with DeepSpeed's files, one small file per rank, and a manifest with
-the state, sizes and SHA-256 of everything else. It is written under another name and renamed last, so whatever
-has the right name is whole, and whatever else lies there is a leftover.
+the state, sizes and SHA-256 of everything else, and a seal over itself. It is written under another name and
+renamed last, and renamed before it is deleted, so whatever has the right name is whole, and whatever else lies
+there is a leftover.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import random
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import CheckpointError, RequestError
+from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import read_json, write_json
 from orchestrator.training.engine import Engine
@@ -28,9 +31,11 @@ from orchestrator.training.state import TrainState
 __all__ = ["Checkpoints", "list_checkpoints", "set_aside_after", "verify"]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-# What DeepSpeed 0.19's own files name beyond tensors: an enum of stages, a named tuple of offsets, and two
-# loss scalers that hold a few numbers. Making one runs no code but its own. Any other global is refused.
+FORMAT = 2
+DRAFT = ".draft-"
+# What DeepSpeed 0.19.8's own files name beyond tensors, seen in stages 0 to 3 with every precision and optimizer:
+# an enum of stages, a dataclass of two offsets, and two loss scalers that hold a few numbers. Making one runs no
+# code but its own. Any other global is refused, for DeepSpeed unpickles its files without restraint.
 TRUSTED = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -77,9 +82,10 @@ class Checkpoints:
         """Write ``state`` and everything in ``engine``; returns the new checkpoint's folder. All ranks call it."""
         self.fence.check()
         final = self.root / f"step-{state.step:08d}"
-        draft = self.root / f".draft-{final.name}"
+        draft = self.root / f"{DRAFT}{final.name}"
         if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+            for leftover in self.root.glob(f"{DRAFT}*"):
+                shutil.rmtree(leftover)
             draft.mkdir(parents=True)
         dist.barrier()
         buffers = engine.save(draft)
@@ -99,12 +105,13 @@ class Checkpoints:
                 "with workers on several machines checkpoint.uri must be a folder that all of them share"
             )
         manifest = {"format": FORMAT, "state": state.to_dict(), "layout_key": self.layout_key, "files": files}
-        write_json(draft / MANIFEST, manifest)
+        write_json(draft / MANIFEST, {**manifest, "seal": _seal(manifest)})
         self.fence.check()
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         draft.rename(final)
         for old in list_checkpoints(self.root)[: -self.keep]:
-            shutil.rmtree(old)
+            _delete(old)
 
     def _verified_by_all(self, checkpoint: Path) -> dict[str, Any]:
         """Each rank verifies its share of the files; all agree before any loads."""
@@ -112,7 +119,7 @@ class Checkpoints:
         manifest: dict[str, Any] = {}
         try:
             manifest = verify(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
-        except RequestError as found:
+        except CheckpointError as found:
             error = str(found)
         errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
@@ -130,15 +137,18 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     """Check files against the manifest and return it; ``part`` of ``parts`` checks every ``parts``-th file.
 
     Raises:
-        CheckpointError: a file is missing, has other bytes, or is not a plain pickle of tensors.
+        CheckpointError: a file is missing, unknown, has other bytes, or is not a plain pickle of tensors.
     """
-    manifest = read_json(checkpoint / MANIFEST)
-    if manifest is None or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {checkpoint}: no manifest of format {FORMAT}")
-    for name, (size, digest) in sorted(manifest["files"].items())[part::parts]:
-        path = checkpoint / name
+    manifest = _read_manifest(checkpoint)
+    files = manifest["files"]
+    for name in files:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"checkpoint {checkpoint}: the manifest names {name!r}, outside of its folder")
+    for path in sorted(checkpoint.rglob("*.pt")):
+        if (name := path.relative_to(checkpoint).as_posix()) not in files:
+            raise CheckpointError(f"checkpoint {checkpoint}: {name} is not in its manifest: move it elsewhere")
+    for name, (size, digest) in sorted(files.items())[part::parts]:
+        path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
         if path.stat().st_size != size or _sha256(path) != digest:
@@ -157,6 +167,27 @@ def set_aside_after(root: Path, keep: Path) -> list[Path]:
             shutil.rmtree(target, ignore_errors=True)
             moved.append(path.rename(target))
     return moved
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+    except RunFolderError:
+        raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {MANIFEST} cannot be read as JSON") from None
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {checkpoint}: no manifest of format {FORMAT}")
+    if manifest.pop("seal", None) != _seal(manifest):
+        raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {MANIFEST} says something else than was written")
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take the name away first: what is half deleted is no checkpoint."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")))
 
 
 def _rank_file(rank: int | None = None) -> str:
@@ -185,8 +216,10 @@ def _refuse_code(path: Path) -> None:
     """Raise unless every global the file's pickle names is known to be harmless; nothing is executed."""
     try:
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path.parent} is corrupt: {path.name}: {error}") from None
+    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, IndexError, struct.error) as error:
+        raise CheckpointError(
+            f"checkpoint {path.parent} is corrupt: {path.name}: {str(error) or 'ends early'}"
+        ) from None
     if strange := sorted(named - TRUSTED):
         raise CheckpointError(f"{path} names {strange[0]}, which a checkpoint has no use for: it is not loaded")
 

@@ -51,7 +51,7 @@ class ParquetDataset:
             DataError: see ``open_dataset``.
         """
         tables = [_read(path, source.columns) for path in _files(source.uri)]
-        table = pa.concat_tables(tables)
+        table = _joined(source.uri, tables)
         if table.num_rows == 0:
             raise DataError(f"{source.uri}: holds no rows; check the step that wrote it")
         return cls({name: _to_numpy(source.uri, name, table[name]) for name in table.column_names}, table.num_rows)
@@ -124,11 +124,25 @@ def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise DataError(f"{path}: cannot be read as Parquet ({first_line}); write it again") from None
 
 
+def _joined(uri: str, tables: list[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid:
+        raise DataError(f"{uri}: its files do not have the same columns and types; write them again") from None
+
+
 def _to_numpy(uri: str, name: str, column: pa.ChunkedArray) -> NDArray[Any]:
-    if column.null_count:
-        raise DataError(f"{uri}: column {name!r} has {column.null_count} nulls; fill or drop them first")
-    if pa.types.is_fixed_size_list(column.type):
-        width = column.type.list_size
-        flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return np.ascontiguousarray(flat.reshape(len(column), width))
-    return np.ascontiguousarray(column.to_numpy())
+    values, shape, nulls = column.combine_chunks(), [len(column)], column.null_count
+    while pa.types.is_fixed_size_list(values.type):
+        shape.append(values.type.list_size)
+        values = values.flatten()
+        nulls += values.null_count
+    if nulls:
+        raise DataError(f"{uri}: column {name!r} has {nulls} nulls; fill or drop them first")
+    array = values.to_numpy(zero_copy_only=False)
+    if array.dtype.kind not in "biuf":
+        raise DataError(
+            f"{uri}: column {name!r} holds {column.type}, and a tensor holds numbers: write it as numbers or "
+            "fixed-size lists of them, or name the columns to read in Parquet(columns=...)"
+        )
+    return np.ascontiguousarray(array.reshape(shape))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.job import Task
 from orchestrator.planning.plan import Plan
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
@@ -103,13 +105,13 @@ class Engine:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         assert self._world_size == plan.layout.workers, "the plan is made for another number of workers"
-        torch.manual_seed(config.seed)
+        _seed(config.seed)
         model = _fit_out(task.model(), plan, sync_batch_norm=config.layout.sync_batch_norm).to(device)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"the model {type(model).__name__} has no trainable parameter: nothing can be learnt")
         self._engine = _initialize(model, config, plan)
         # From here on each rank draws its own random numbers: dropout and augmentation differ between workers.
-        torch.manual_seed(config.seed * 1_000_003 + self._rank + 1)
+        _seed(config.seed * 1_000_003 + self._rank + 1)
 
     @property
     def model(self) -> nn.Module:
@@ -168,7 +170,9 @@ class Engine:
     def load(self, folder: Path, own_buffers: dict[str, torch.Tensor]) -> None:
         """Take up what ``save`` wrote, at the same layout of workers and ZeRO stage."""
         groups = [_settings(group) for group in self._engine.optimizer.param_groups]
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:  # it only logs what it misses
+            raise CheckpointError(f"checkpoint {folder}: DeepSpeed finds none of its files there")
         # The recipe decides betas and penalties, not the file: they differ after --force-config.
         for group, settings in zip(self._engine.optimizer.param_groups, groups, strict=True):
             group.update(settings)
@@ -225,6 +229,13 @@ class Engine:
         )
         dist.all_reduce(values)
         return [float(value) for value in values.tolist()]
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator that a job's code may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - what users draw from
+    torch.manual_seed(seed % 2**63)
 
 
 def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Module:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import NonFiniteLossError
+from orchestrator.errors import ConfigError, NonFiniteLossError, did_you_mean
 from orchestrator.job import Dataset, Task
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.schedule import factor
@@ -76,7 +76,7 @@ def train(run: Training) -> Outcome:
         if save_due and stats.finite:
             run.checkpoints.save(run.engine, state)
             saved_step, saved_at = state.step, time.monotonic()
-    if reason and run.evaluation_set is not None and state.evaluated_at < state.progress:
+    if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step and state.nonfinite_in_a_row == 0:
         run.checkpoints.save(run.engine, state)
@@ -99,6 +99,10 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
     assert run.evaluation_set is not None
     started = time.perf_counter()
     metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
+    if (wanted := run.plan.stop.metric) is not None and wanted not in metrics:
+        raise ConfigError(
+            f"recipe.stop.metric={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}"
+        )
     state = state.evaluated(metrics)
     run.recorder.evaluation(state, time.perf_counter() - started)
     return state

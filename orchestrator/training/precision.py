@@ -24,7 +24,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     model.register_forward_hook(lambda _, __, output: _cast(output, torch.float32))
     for module in model.modules():
         if type(module) in BATCH_NORMS:
-            module.forward = functools.partial(_batch_norm, module)  # type: ignore[assignment]
+            module.forward = functools.partial(_batch_norm, module)
 
 
 def _batch_norm(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -84,13 +84,25 @@ class TrainState:
         return math.floor(self.progress / plan.evaluate_every) > math.floor(self.evaluated_at / plan.evaluate_every)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a loss that is not a number becomes None."""
+        """JSON-ready; a loss or metric that is not a finite number becomes None."""
         data = asdict(self)
-        data["loss"] = self.loss if math.isfinite(self.loss) else None
+        data["loss"] = _finite_or_none(self.loss)
+        if self.evaluation is not None:
+            data["evaluation"] = {name: _finite_or_none(value) for name, value in self.evaluation.items()}
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainState:
-        """The inverse of ``to_dict``."""
-        loss = data["loss"]
-        return cls(**{**data, "layout": Layout(**data["layout"]), "loss": math.nan if loss is None else loss})
+        """The inverse of ``to_dict``; what was not finite comes back as NaN."""
+        metrics = data["evaluation"]
+        evaluation = None if metrics is None else {name: _nan_for_none(value) for name, value in metrics.items()}
+        layout, loss = Layout(**data["layout"]), _nan_for_none(data["loss"])
+        return cls(**{**data, "layout": layout, "loss": loss, "evaluation": evaluation})
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _nan_for_none(value: float | None) -> float:
+    return math.nan if value is None else value

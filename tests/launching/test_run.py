@@ -124,9 +124,12 @@ def test_killed_driver_leaves_nothing_and_its_run_goes_on(
     wait_for_step(folder, 100, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in family)
+    agents = [child for child in family if "Agent" in " ".join(child.cmdline())]
     process.kill()
-    _, alive = psutil.wait_procs(family, timeout=15)
-    assert not alive, "leftovers of a dead run end by themselves within seconds"
+    _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=15)
+    assert not alive, "whatever could write to the run ends by itself within seconds"
+    _, alive = psutil.wait_procs(agents, timeout=60)
+    assert not alive, "Ray's idle agents take a little longer to notice"
     done = run(DIGITS, *options)
     assert done.code == 0, done.err
     assert "going on from checkpoint step-" in done.err

@@ -1,0 +1,111 @@
+"""TrainState: what a step and an evaluation change in it, and its way to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.config import SGD, EvaluationConfig, Recipe, RunConfig, ScaleConfig, Stop
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.layout import Layout
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.training.state import StepStats, TrainState
+
+LAYOUT = Layout(workers=2, micro_batch=4, accumulation=2)
+GOOD = StepStats(loss=0.5, grad_norm=1.0, learning_rate=0.1, applied=True, step_time_s=0.25)
+
+numbers = st.floats(allow_infinity=False, allow_nan=False)
+counts = st.integers(0, 10**9)
+any_number = st.floats()
+states = st.builds(
+    TrainState,
+    layout=st.builds(Layout, st.integers(1, 64), st.integers(1, 64), st.integers(1, 64)),
+    step=counts,
+    samples=counts,
+    progress=numbers,
+    learning_rate_factor=numbers,
+    loss=any_number,
+    train_time_s=numbers,
+    nonfinite_in_a_row=counts,
+    evaluation=st.none() | st.dictionaries(st.text(max_size=5), any_number, max_size=3),
+    evaluated_at=numbers,
+    versions=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+)
+
+
+def plan(*, evaluation_samples: int = 10, every_epochs: float = 1.0) -> Plan:
+    config = RunConfig(
+        name="a",
+        recipe=Recipe(batch=16, optimizer=SGD(learning_rate=0.1), stop=Stop(epochs=4)),
+        scale=ScaleConfig(workers=2),
+        evaluation=EvaluationConfig(every_epochs=every_epochs),
+    )
+    return make_plan(config, ClusterShape(1, 2), train_samples=100, evaluation_samples=evaluation_samples)
+
+
+def test_a_run_starts_at_nothing_in_the_planned_layout() -> None:
+    state = TrainState.start(plan())
+    assert state == TrainState(layout=Layout(2, 8, 1), loss=state.loss)
+    assert math.isnan(state.loss)
+
+
+def test_a_step_moves_everything_on() -> None:
+    before = TrainState(layout=LAYOUT, step=3, samples=48, progress=48.0, train_time_s=1.0, nonfinite_in_a_row=2)
+    assert before.after(GOOD) == replace(
+        before, step=4, samples=64, progress=64.0, loss=0.5, train_time_s=1.25, nonfinite_in_a_row=0
+    )
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        replace(GOOD, applied=False),
+        replace(GOOD, loss=math.nan),
+        replace(GOOD, loss=math.inf),
+        replace(GOOD, loss=math.nan, applied=False),
+    ],
+)
+def test_a_step_that_was_not_applied_or_has_no_loss_is_counted(stats: StepStats) -> None:
+    after = TrainState(layout=LAYOUT).after(GOOD).after(stats).after(stats)
+    assert (after.step, after.samples, after.nonfinite_in_a_row) == (3, 48, 2)
+    assert not stats.finite
+
+
+def test_an_evaluation_is_dated_by_progress() -> None:
+    state = TrainState(layout=LAYOUT).after(GOOD).evaluated({"accuracy": 0.5})
+    assert (state.evaluation, state.evaluated_at) == ({"accuracy": 0.5}, 16.0)
+
+
+@given(st.floats(0.3, 5.0), st.integers(1, 200))
+def test_each_multiple_is_evaluated_once(every_epochs: float, steps: int) -> None:
+    """At the first step that reaches or passes it; two in one step are one evaluation."""
+    ours = plan(every_epochs=every_epochs)
+    state, evaluated = TrainState.start(ours), []
+    for _ in range(steps):
+        state = state.after(GOOD)
+        if state.evaluation_due(ours):
+            state = state.evaluated({})
+            evaluated.append(state.progress)
+    every = every_epochs * 100
+    expected = [
+        16.0 * n for n in range(1, steps + 1) if math.floor(16.0 * n / every) > math.floor(16.0 * (n - 1) / every)
+    ]
+    assert evaluated == expected
+
+
+def test_nothing_is_due_without_an_evaluation_set() -> None:
+    assert not replace(TrainState.start(plan()), progress=1e6).evaluation_due(plan(evaluation_samples=0))
+
+
+@given(states)
+def test_json_gives_back_what_was_put_in(state: TrainState) -> None:
+    """But for infinities, which come back as NaN."""
+    text = json.dumps(state.to_dict(), allow_nan=False)
+    back = TrainState.from_dict(json.loads(text))
+    assert repr(back) == repr(state).replace("-inf", "nan").replace("inf", "nan")
+    assert back.to_dict() == state.to_dict()
