@@ -26,5 +26,5 @@ class Ended:
 
 
 def environment(runs: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_AUTH_MODE"}
     return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'launching'}", "HOME": str(runs)}

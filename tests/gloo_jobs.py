@@ -362,6 +362,17 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
     )
 
 
+def optimizer_after_restore(config: RunConfig, task: Task, root: Path, driver: str) -> list[dict[str, Any]]:
+    """Each parameter group's settings once the newest checkpoint is loaded."""
+    run = _training(config, task, RunFolder(root), driver, None)
+    try:
+        assert run.checkpoints.restore(run.engine) is not None
+    finally:
+        run.checkpoints.fence.release()
+    groups = run.engine._engine.optimizer.param_groups
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
 def new_run(root: Path) -> tuple[Path, str]:
     """Make the run folder ``root``, in the tests' own process, and return what ``run_loop`` needs of it."""
     folder = RunFolder(root)

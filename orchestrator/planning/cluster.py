@@ -46,7 +46,11 @@ class ClusterShape:
         has = f"{self.cpus:g} CPUs and {self.accelerators} accelerators on {self.nodes} node(s)"
         per_worker = self.accelerators_per_worker(scale)
         needs = f"{scale.cpus_per_worker:g} CPU and {per_worker} accelerators each"
-        remedy = f"set scale.workers={room}" if room else "set scale.accelerators_per_worker=0 or use a larger cluster"
-        if not per_worker and room:
-            remedy += f", or a smaller scale.cpus_per_worker (now {scale.cpus_per_worker:g})"
-        return f"scale.workers={needed} needs {needs}, and the cluster has {has}: {remedy}"
+        remedies = [f"scale.workers={room}"] if room else []
+        if self.cpus < needed * scale.cpus_per_worker:
+            remedies.append(f"a smaller scale.cpus_per_worker (now {scale.cpus_per_worker:g})")
+        if self.accelerators < needed * per_worker:
+            remedies.append("scale.accelerators_per_worker=0")
+        if not room:
+            remedies.append("use a larger cluster")
+        return f"scale.workers={needed} needs {needs}, and the cluster has {has}: set {', or '.join(remedies)}"

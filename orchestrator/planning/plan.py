@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -124,9 +125,8 @@ def _layout(config: RunConfig, workers: int, train_samples: int, reasons: list[s
             f"{'recipe.batch' if wanted == 'auto' else 'layout.global_batch'}={batch} is larger than the training set "
             f"of {train_samples} samples: use at most {train_samples}"
         )
+    _check_range(config, batch)
     layout = lay_out(batch, workers, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
-    for other in range(*_range(config)):
-        lay_out(batch, other, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
     source = "the reference batch" if wanted == "auto" else "as set"
     reasons.append(f"global batch {batch}: {source}")
     if batch != config.recipe.batch:
@@ -134,10 +134,23 @@ def _layout(config: RunConfig, workers: int, train_samples: int, reasons: list[s
     return layout
 
 
-def _range(config: RunConfig) -> tuple[int, int]:
-    """Every worker count that an elastic run may be given, as arguments of ``range``."""
-    workers = config.scale.workers
-    return (workers[0], workers[1] + 1) if isinstance(workers, tuple) else (workers, workers)
+def _check_range(config: RunConfig, batch: int) -> None:
+    """An elastic run must be able to take its step with every number of workers that it may be given."""
+    if not isinstance(config.scale.workers, tuple):
+        return
+    low, high = config.scale.workers
+    fixed = [n for n in (config.layout.micro_batch, config.layout.accumulation) if n != "auto"]
+    if len(fixed) == 2 and low < high:
+        raise ConfigError(
+            f"layout.micro_batch={fixed[0]} and layout.accumulation={fixed[1]} leave one number of workers, and "
+            f"scale.workers={low},{high} is a range: set one of the two to auto, or scale.workers to a number"
+        )
+    unit = math.lcm(*range(low, high + 1)) * math.prod(fixed)
+    if batch % unit:
+        raise ConfigError(
+            f"layout.global_batch={batch} does not divide over every number of workers in scale.workers={low},{high}: "
+            f"use a multiple of {unit}, or a fixed number of workers"
+        )
 
 
 def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[0, 1, 2, 3]:

@@ -82,8 +82,9 @@ class Axis:
 
 def linear_axis(low: float, high: float, *, ticks: int = 4, exact: bool = False) -> Axis:
     """An axis with about ``ticks`` steps of 1, 2 or 5 times a power of ten, widened to whole steps unless ``exact``."""
-    if not high > low:
-        room = abs(low) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if not high - low > max(size * 1e-9, 1e-300):  # one value, or a difference that no tick could show
+        room = size * 0.1 if size > 1e-300 else 1.0
         low, high = (low, low + room) if exact else (low - room, low + room)
     step = _nice_step((high - low) / ticks)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

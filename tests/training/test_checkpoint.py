@@ -16,7 +16,18 @@ import pytest
 import torch
 
 from gloo import GlooGroup
-from gloo_jobs import Ended, Noisy, Rows, Toy, dropped_blocks, mlp, new_run, run_loop, toy_config
+from gloo_jobs import (
+    Ended,
+    Noisy,
+    Rows,
+    Toy,
+    dropped_blocks,
+    mlp,
+    new_run,
+    optimizer_after_restore,
+    run_loop,
+    toy_config,
+)
 from orchestrator.config import SGD, AdamW, CheckpointConfig, Penalties, RunConfig, Stop
 from orchestrator.errors import CheckpointError
 from orchestrator.telemetry.records import read
@@ -82,6 +93,22 @@ def test_saving_and_evaluating_change_nothing(two: GlooGroup, tmp_path: Path, st
     watched = two.run(run_loop, config, Noisy(dropped_blocks, evaluation=rows), *new_run(tmp_path / "watched"))
     assert losses(tmp_path / "watched") == losses(tmp_path / "alone")
     assert [same(*pair) for pair in zip(watched, left_alone, strict=True)] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_recipe_decides_the_settings_and_not_the_file(two: GlooGroup, tmp_path: Path, stage: int) -> None:
+    """They differ where a run goes on with ``--force-config``; what the optimizer remembers is the file's."""
+    root, driver = new_run(tmp_path / "run")
+    two.run(run_loop, config_of(ADAMW, stage), Toy(mlp), root, driver, 2)
+    changed = {
+        "optimizer": AdamW(learning_rate=0.01, beta1=0.5, beta2=0.6, eps=1e-4),
+        "penalties": Penalties(weight_decay=0.7, l2=0.3),
+    }
+    wanted = {"betas": (0.5, 0.6), "eps": 1e-4, "decay": 0.7, "l2": 0.3, "l1": 0.0}
+    for groups in two.run(optimizer_after_restore, config_of(changed, stage), Toy(mlp), root, driver):
+        assert {name: groups[0][name] for name in wanted} == wanted
+        assert [group["decay"] for group in groups] == [0.7, 0.0]
 
 
 @pytest.mark.slow

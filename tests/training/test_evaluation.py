@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gloo import GlooGroup
-from gloo_jobs import Measuring, Rows, Toy, evaluate_new, evaluation_error, mlp, toy_config
+from gloo_jobs import (
+    Measuring,
+    Rows,
+    Toy,
+    blocks,
+    evaluate_new,
+    evaluation_error,
+    mlp,
+    new_run,
+    run_loop,
+    toy_config,
+)
+from orchestrator.config import Stop
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +52,26 @@ def test_one_rank_finds_it_too(one: GlooGroup) -> None:
     task = Toy(mlp, evaluation=Rows.made_up(7, seed=1))
     (found,) = one.run(evaluate_new, toy_config(1, layout={"zero_stage": 0}), task, 3)
     assert found == pytest.approx(by_hand(task), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_batch_norm_is_evaluated_with_the_mean_of_all_ranks_statistics(
+    two: GlooGroup, tmp_path: Path, stage: int
+) -> None:
+    rows = Rows.made_up(21, seed=1)
+    config = toy_config(2, recipe={"stop": Stop(steps=4)}, layout={"zero_stage": stage})
+    ends = two.run(run_loop, config, Toy(blocks, evaluation=rows), *new_run(tmp_path / "run"))
+    first, second = (end.buffers for end in ends)
+    assert not torch.equal(first["1.0.norm.running_mean"], second["1.0.norm.running_mean"])
+    model = blocks()
+    mean = {name: (first[name] + second[name]) / 2 for name in first if first[name].is_floating_point()}
+    model.load_state_dict({**ends[0].weights, **mean}, strict=False)
+    assert [end.state.evaluation["loss"] for end in ends] == pytest.approx([loss_by_hand(model, rows)] * 2, rel=1e-6)
+
+
+def loss_by_hand(model: nn.Module, rows: Rows) -> float:
+    with torch.no_grad():
+        return F.cross_entropy(model.eval()(torch.as_tensor(rows.x)), torch.as_tensor(rows.y)).item()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -251,9 +251,8 @@ def flat(weights: dict[str, Tensor]) -> Tensor:
 # -- activation checkpointing ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("build", [blocks, dropped_blocks])
+@pytest.mark.parametrize(("build", "precision"), [(blocks, "fp32"), (dropped_blocks, "fp32"), (dropped_blocks, "bf16")])
 def test_activation_checkpointing_changes_nothing(
     two: GlooGroup, build: Callable[[], nn.Module], stage: int, precision: str
 ) -> None:
@@ -287,7 +286,8 @@ def test_activation_checkpointing_changes_nothing(
 def test_the_first_20_losses_are_those_recorded(two: GlooGroup) -> None:
     """The whole of the main job: data, order, augmentation, ResNet, ZeRO 1, AdamW, warm-up, loop.
 
-    Within 1e-4, because other CPUs use other kernels. Where a change is meant, record the list anew:
+    Within 1e-4, because other CPUs use other kernels (1e-7 apart between
+    SSE4.1, AVX2 and AVX-512 here). Where a change is meant, record anew:
     ``PYTHONPATH=.:tests python tests/training/test_exactness.py``.
     """
     recorded = json.loads(GOLDEN.read_text())
