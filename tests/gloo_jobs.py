@@ -119,6 +119,20 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, CLASSES))
 
 
+def frozen() -> nn.Module:
+    """An MLP whose middle layer is not trained."""
+    model = mlp()
+    model.get_submodule("2").requires_grad_(False)
+    return model
+
+
+def tied() -> nn.Module:
+    """An MLP whose first two layers share their weight."""
+    first, second = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(FEATURES, CLASSES))
+
+
 class Attention(nn.Module):
     """One pre-norm transformer block over eight tokens of one feature each."""
 

@@ -46,8 +46,9 @@ def test_accelerators_are_taken_where_there_are_any(asked: int | str, shape: Clu
     assert shape.accelerators_per_worker(ScaleConfig(accelerators_per_worker=asked)) == each
 
 
-def test_thirds_of_a_cpu_fill_it() -> None:
-    assert ClusterShape(nodes=1, cpus=2.7).workers(ScaleConfig(workers=(1, 99), cpus_per_worker=0.3)) == 9
+def test_tenths_of_a_cpu_fill_it() -> None:
+    """Though 4.1 / 0.1 is a little less than 41."""
+    assert ClusterShape(nodes=1, cpus=4.1).workers(ScaleConfig(workers=(1, 99), cpus_per_worker=0.1)) == 41
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from gloo_jobs import (
     Ended,
     Noisy,
     Rows,
+    Steep,
     Toy,
     dropped_blocks,
     mlp,
@@ -82,6 +83,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         assert same(ours, theirs)
         assert ours.state.evaluation == theirs.state.evaluation
     assert not same(whole[0], whole[1]), "each rank has batch-norm statistics of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_loss_scale_of_fp16_goes_on_too(two: GlooGroup, tmp_path: Path, stage: int) -> None:
+    """A loss so large that the scale had to be searched for: it is not searched for again."""
+    config = config_of({"optimizer": SGD(learning_rate=1e-4)}, stage, "fp16")
+    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"stop": Stop(steps=18)})})
+    two.run(run_loop, config, Steep(mlp), *new_run(tmp_path / "whole"))
+    root, driver = new_run(tmp_path / "parts")
+    two.run(run_loop, config, Steep(mlp), root, driver, 14)
+    two.run(run_loop, config, Steep(mlp), root, driver)
+    assert losses(root) == losses(tmp_path / "whole")
+    skipped = [record["skipped"] for record in read(root / "metrics.jsonl")]
+    assert (skipped[0], skipped[14]) == (True, False)
 
 
 @pytest.mark.slow

@@ -23,10 +23,12 @@ from gloo_jobs import (
     Toy,
     blocks,
     dropped_blocks,
+    frozen,
     mlp,
     new_run,
     run_loop,
     take_steps,
+    tied,
     toy_config,
 )
 from jobs.vision import digits, write_digits
@@ -87,7 +89,7 @@ def plain(config: RunConfig, task: Toy, batches: Sequence[int], rates: Sequence[
     """Train on one process without the orchestrator: one whole global batch of each size in turn."""
     torch.manual_seed(config.seed)
     model = task.model()
-    weights = dict(model.named_parameters())
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
     losses, norms, cursor = [], [], 0
@@ -105,7 +107,7 @@ def plain(config: RunConfig, task: Toy, batches: Sequence[int], rates: Sequence[
             for name, weight in weights.items():
                 gradient = penalised(weight, gradients[name] * scale, config.recipe.penalties, rate)
                 weight -= update(config.recipe, gradient, first[name], second[name], rate, step)
-    return Plain(losses, norms, {name: w.detach().clone() for name, w in weights.items()})
+    return Plain(losses, norms, {name: w.detach().clone() for name, w in model.named_parameters()})
 
 
 def penalised(weight: Tensor, gradient: Tensor, penalties: Penalties, rate: float) -> Tensor:
@@ -152,6 +154,14 @@ def test_an_mlp_follows_plain_torch(two: GlooGroup, name: str, stage: int) -> No
 @pytest.mark.parametrize("name", ["sgd-nesterov-decay", "adamw-all"])
 def test_attention_and_layer_norm_follow_plain_torch(two: GlooGroup, name: str, stage: int) -> None:
     follows_plain_torch(two, Toy(Attention), name, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("build", [frozen, tied])
+def test_frozen_and_shared_weights_follow_plain_torch(
+    two: GlooGroup, build: Callable[[], nn.Module], stage: int
+) -> None:
+    follows_plain_torch(two, Toy(build), "adamw-all", stage)
 
 
 def follows_plain_torch(two: GlooGroup, task: Toy, name: str, stage: int) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.config import SGD, EvaluationConfig, Recipe, RunConfig, ScaleConfig, Stop
@@ -103,6 +103,7 @@ def test_nothing_is_due_without_an_evaluation_set() -> None:
 
 
 @given(states)
+@example(TrainState(layout=LAYOUT, evaluation={"loss": math.nan, "accuracy": 0.5}))
 def test_json_gives_back_what_was_put_in(state: TrainState) -> None:
     """But for infinities, which come back as NaN."""
     text = json.dumps(state.to_dict(), allow_nan=False)
