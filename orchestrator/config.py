@@ -386,7 +386,7 @@ class RunConfig(Part):
 
     name: str
     """Identifies the run and its folder: lower-case letters, digits, '.', '_', '-', at most 47 characters."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, sample order and every random choice."""
     recipe: Recipe
     """What the user knows to work."""

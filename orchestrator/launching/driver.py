@@ -39,7 +39,7 @@ from orchestrator.training.engine import require_precision
 
 __all__ = ["Listener", "plan_job", "run"]
 
-POLL_S = 0.1
+POLL_S = 0.25
 SAME_SIGNAL_S = 0.5
 
 

@@ -78,7 +78,7 @@ def train(run: Training) -> Outcome:
             saved_step, saved_at = state.step, time.monotonic()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
-    if saved_step < state.step and state.nonfinite_in_a_row == 0:
+    if saved_step < state.step:
         run.checkpoints.save(run.engine, state)
     return Outcome(state, reason or "stop requested", stopped=reason is None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.planning.layout import Layout
@@ -52,7 +52,6 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     evaluation: dict[str, float] | None = None
     evaluated_at: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def start(cls, plan: Plan) -> TrainState:
@@ -60,7 +59,7 @@ class TrainState:
         return cls(layout=plan.layout)
 
     def after(self, stats: StepStats) -> TrainState:
-        """The state after one step. A discarded step consumed its samples, but made no progress that counts as good."""
+        """The state after one step. A discarded one has consumed its samples and counts as progress too."""
         batch = self.layout.global_batch
         return replace(
             self,

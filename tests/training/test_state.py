@@ -34,7 +34,6 @@ states = st.builds(
     nonfinite_in_a_row=counts,
     evaluation=st.none() | st.dictionaries(st.text(max_size=5), any_number, max_size=3),
     evaluated_at=numbers,
-    versions=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
 )
 
 
