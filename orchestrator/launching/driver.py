@@ -170,11 +170,11 @@ def _watch(
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
     asked_at: float | None = None
-    restarts = 0
+    known = len(_started(folder)) + 1  # this one's own start is no news
     with _signals() as signals:
         while attempt.running:
             _show(followers, listener)
-            restarts = _note_restarts(folder, restarts, listener)
+            known = _note_restarts(folder, known, listener)
             if signals and asked_at is None:
                 asked_at = time.monotonic()
                 folder.stop_request.touch()
@@ -202,11 +202,15 @@ def _show(followers: tuple[Follower, Follower], listener: Listener) -> None:
 
 
 def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
-    """Say so when Ray Train has replaced the workers."""
-    started = [r for r in read(folder.attempts) if r["event"] == "started"] if folder.attempts.exists() else []
-    if known and len(started) > known:
+    """Say so when Ray Train has replaced the workers; returns the attempts that are known now."""
+    started = _started(folder)
+    if len(started) > known:
         listener.note(f"workers were lost and replaced; going on from step {started[-1]['step']}")
-    return len(started)
+    return max(known, len(started))
+
+
+def _started(folder: RunFolder) -> list[Mapping[str, Any]]:
+    return [r for r in read(folder.attempts) if r["event"] == "started"] if folder.attempts.exists() else []
 
 
 @contextlib.contextmanager
