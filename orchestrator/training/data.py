@@ -73,13 +73,13 @@ class Stream:
 
     def indices(self, start: int, count: int) -> NDArray[np.int64]:
         """Indices of the samples at stream positions ``start`` to ``start + count``, shape ``[count]``."""
-        positions = np.arange(start, start + count, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.num_samples)
-        indices = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            indices[inside] = _shuffle(self.num_samples, self.seed, int(epoch))[offsets[inside]]
-        return indices
+        parts = [np.empty(0, dtype=np.int64)]
+        while count:
+            epoch, offset = divmod(start, self.num_samples)
+            part = _shuffle(self.num_samples, self.seed, epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
 
     def micro_batches(self, start: int, layout: Layout, rank: int) -> list[NDArray[np.int64]]:
         """Worker ``rank``'s part of the global batch at ``start``: ``accumulation`` arrays of ``[micro_batch]``."""

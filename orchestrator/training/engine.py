@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,8 @@ class Engine:
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"the model {type(model).__name__} has no trainable parameter: nothing can be learnt")
         self._engine = _initialize(model, config, plan)
+        self._engine.train()
+        self._update_s = 0.0
         # From here on each rank draws its own random numbers: dropout and augmentation differ between workers.
         _seed(config.seed * 1_000_003 + self._rank + 1)
 
@@ -137,11 +139,13 @@ class Engine:
         """
         started = time.perf_counter()
         set_learning_rate(self._engine.optimizer, learning_rate)
-        self._engine.train()
         loss = self._accumulate(micro_batches)
+        accumulated = time.perf_counter()
+        # The small all-reduce travels while the update is computed, so it can only carry the time of the one before.
+        shared = self._share(loss, [self._update_s + accumulated - started, *rank_zero_says])
         grad_norm, applied = self._apply()
-        elapsed = time.perf_counter() - started
-        mean_loss, step_time_s, *said = self._share(loss, elapsed, rank_zero_says)
+        self._update_s = time.perf_counter() - accumulated
+        mean_loss, step_time_s, *said = shared()
         return StepStats(mean_loss, grad_norm, learning_rate, applied, step_time_s, tuple(said))
 
     def to_device(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
@@ -220,15 +224,20 @@ class Engine:
             return float(self._engine.optimizer.loss_scale)
         return 1.0
 
-    def _share(self, loss: torch.Tensor, elapsed_s: float, said: Sequence[float]) -> list[float]:
-        if self._world_size == 1:
-            return [float(loss), elapsed_s, *said]
-        mine = [elapsed_s, *said] if self._rank == 0 else [0.0] * (1 + len(said))
+    def _share(self, loss: torch.Tensor, said: Sequence[float]) -> Callable[[], list[float]]:
+        """Start averaging ``loss`` over the ranks and spreading what rank 0 says; the result waits for it."""
+        mine = said if self._rank == 0 else [0.0] * len(said)
         values = torch.cat(
             [(loss / self._world_size).reshape(1), torch.tensor(mine, dtype=torch.float64).to(loss.device)]
         )
-        dist.all_reduce(values)
-        return [float(value) for value in values.tolist()]
+        work = dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
+
+        def result() -> list[float]:
+            if work is not None:
+                work.wait()
+            return [float(value) for value in values.tolist()]
+
+        return result
 
 
 def _seed(seed: int) -> None:

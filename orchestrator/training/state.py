@@ -17,7 +17,9 @@ class StepStats:
     """What one optimizer step reports, the same on every rank.
 
     ``loss`` is the mean over the global batch; ``grad_norm`` the norm of its gradient before clipping;
-    ``applied`` is False where the update was discarded; ``rank_zero_says`` is what rank 0 sent along.
+    ``applied`` is False where the update was discarded; ``step_time_s`` is rank 0's time for the forward and backward
+    passes of this step and the update of the one before, which is when it was known; ``rank_zero_says`` is what rank 0
+    sent along.
     """
 
     loss: float
