@@ -35,16 +35,20 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adaptive",
+    "BatchPolicy",
     "CheckpointConfig",
     "Constant",
     "Cosine",
     "EvaluationConfig",
     "Exponential",
     "FailureConfig",
+    "Fixed",
+    "Goodput",
     "LayoutConfig",
     "Linear",
     "Penalties",
-    "PolicyConfig",
+    "Policy",
+    "Ramp",
     "Recipe",
     "RunConfig",
     "ScaleConfig",
@@ -295,11 +299,75 @@ class Recipe(Part):
 # -- how it is run -----------------------------------------------------------------------------
 
 
-class PolicyConfig(Part):
-    """Who chooses the batch while the run goes."""
+class BatchPolicy(Part):
+    """What all policies share: how learning rate, progress and the noise behind both follow the batch."""
+
+    name: str
+    """Which policy."""
+    rule: Literal["auto", "none", "linear", "sqrt", "adascale"] = "auto"
+    """How the learning rate follows the batch; auto: what belongs to the optimizer, and its other settings with it."""
+    noise_interval_steps: PositiveInt = 10
+    """Measure the gradient noise every so many steps at first; then as often as noise_cost allows."""
+    noise_cost: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Share of the time of a step that measuring the gradient noise may take on average."""
+    per_tensor: bool = False
+    """Weigh each tensor's noise by what Adam divides its steps by; an all-reduce per tensor when measured."""
+
+
+class Fixed(BatchPolicy):
+    """The global batch stays as planned, whatever happens to the workers."""
 
     name: Literal["fixed"] = "fixed"
-    """fixed: the global batch stays as planned."""
+    """Which policy."""
+
+
+class Ramp(BatchPolicy):
+    """Batches by progress, as written down beforehand."""
+
+    name: Literal["ramp"] = "ramp"
+    """Which policy."""
+    at: tuple[Fraction, ...] = (0.0, 0.25, 0.5)
+    """Where the batch changes, as shares of the run's length, rising."""
+    batches: tuple[PositiveInt, ...]
+    """The global batch from each of these on."""
+
+    @model_validator(mode="after")
+    def _one_batch_each(self) -> Ramp:
+        if list(self.at) != sorted(set(self.at)) or not self.at:
+            raise ValueError("the shares in at must rise, as in 0,0.25,0.5")
+        if len(self.at) != len(self.batches):
+            raise ValueError(f"{len(self.at)} shares in at and {len(self.batches)} batches: give one batch for each")
+        return self
+
+
+class Goodput(BatchPolicy):
+    """The batch of the highest goodput: samples per second times how far a sample of that batch gets the recipe."""
+
+    name: Literal["goodput"] = "goodput"
+    """Which policy."""
+    min_batch: PositiveInt | Auto = "auto"
+    """Smallest global batch; auto: the reference batch."""
+    max_batch: PositiveInt | Auto = "auto"
+    """Largest global batch; auto: 64 times the reference batch, and at most a quarter of the training set."""
+    min_gain: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Change only for so much more goodput."""
+    min_interval_steps: PositiveInt = 20
+    """Steps between two changes."""
+    explore: bool = True
+    """Time a second micro batch in the first steps, at the same global batch."""
+    guard_sigma: PositiveFloat = 3.0
+    """Take a change back when the loss is worse than expected by so many standard errors."""
+    seesaw: bool = False
+    """Where the schedule decays, grow the batch up to the noise scale (Meterez et al. 2025, arXiv:2510.14717)."""
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> Goodput:
+        if self.min_batch != "auto" and self.max_batch != "auto" and self.min_batch > self.max_batch:
+            raise ValueError(f"min_batch={self.min_batch} exceeds max_batch={self.max_batch}: swap them")
+        return self
+
+
+Policy = Annotated[Fixed | Ramp | Goodput, Field(discriminator="name")]
 
 
 class LayoutConfig(Part):
@@ -390,7 +458,7 @@ class RunConfig(Part):
     """Seed of initialisation, sample order and every random choice."""
     recipe: Recipe
     """What the user knows to work."""
-    policy: PolicyConfig = PolicyConfig()
+    policy: Policy = Goodput()
     """Who chooses the batch while the run goes."""
     layout: LayoutConfig = LayoutConfig()
     """How one optimizer step is laid out."""

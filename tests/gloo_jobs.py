@@ -19,12 +19,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.config import SGD, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
+from orchestrator.config import SGD, Fixed, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import Dataset, Datasets, Task
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.training.buffers import averaged, local_buffers
@@ -33,7 +34,9 @@ from orchestrator.training.data import Stream, open_dataset
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.loop import Training, train
+from orchestrator.training.memory import MemoryGauge
 from orchestrator.training.recorder import Recorder
+from orchestrator.training.scheduler import Scheduler
 from orchestrator.training.state import StepStats, TrainState
 
 FEATURES, CLASSES = 8, 4
@@ -94,6 +97,63 @@ class Noisy(Toy):
         noise = torch.as_tensor(np.random.standard_normal(batch["x"].shape), dtype=torch.float32)  # noqa: NPY002
         shifted = batch["x"] + 0.1 * noise + 0.1 * random.random() + 0.1 * torch.rand(())
         return super().loss(model, {**batch, "x": shifted})
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Linear regression whose gradient noise is known: x ~ N(0, diag(h)), y = w* x + N(0, s^2), and d = w - w* held.
+
+    G = H d and Sigma = (d'Hd + s^2) H + G G'. With h_i = i^-1/2, s = 1, D = 256 and the d below: |G|^2 = 0.10981,
+    tr(Sigma) = 45.377 and a noise scale of 413.23 samples.
+    """
+
+    DIMENSION = 256
+    NOISE_SCALE = 413.23
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def take(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        # Drawn anew for each call, from the positions alone.
+        generator = np.random.Generator(np.random.Philox(key=[7, int(positions[0])]))
+        x = generator.standard_normal((len(positions), self.DIMENSION)) * np.sqrt(self.spectrum())
+        return {"x": x.astype(np.float32), "y": generator.standard_normal(len(positions)).astype(np.float32)}
+
+    @property
+    def train(self) -> Regression:
+        return self
+
+    @classmethod
+    def spectrum(cls) -> np.ndarray:
+        return np.arange(1, cls.DIMENSION + 1) ** -0.5
+
+    @classmethod
+    def offset(cls) -> np.ndarray:
+        """d along all axes alike, scaled in two parts so that |G|^2 and tr(Sigma) are as above."""
+        h = cls.spectrum()
+        trace = h.sum()
+        # tr(Sigma) = (d'Hd + 1) tr(H) + |G|^2 fixes d'Hd; a first axis and the rest share it so that |Hd|^2 fits.
+        energy = (45.377 - 0.10981) / trace - 1.0
+        first = (0.10981 - energy * (h[1:] ** 2).sum() / h[1:].sum()) / (1.0 - (h[1:] ** 2).sum() / h[1:].sum())
+        d = np.full(cls.DIMENSION, np.sqrt((energy - first) / h[1:].sum()))
+        d[0] = np.sqrt(first)
+        return d
+
+    def datasets(self) -> Datasets:
+        return Datasets(self, None)
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(self.DIMENSION, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.from_numpy(self.offset()).float())
+        return model
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        # The model holds d itself: its error on x is d x less the noise of the label.
+        return 0.5 * (model(batch["x"]).squeeze(1) - batch["y"]).square().mean()
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +247,7 @@ def toy_config(
 ) -> RunConfig:
     """A config of batch 16, with fields of the recipe and the layout replaced."""
     base = {"batch": 16, "optimizer": SGD(learning_rate=0.1), "stop": Stop(steps=20)}
+    fields = {"policy": Fixed(), **fields}
     return RunConfig(
         name="toy",
         recipe=Recipe(**{**base, **(recipe or {})}),
@@ -265,6 +326,20 @@ def step_at(engine: Engine, config: RunConfig, task: Toy, cursor: int, layout: L
     """One step on this rank's part of the global batch at ``cursor``."""
     positions = Stream(len(task.train), config.seed).micro_batches(cursor, layout, dist.get_rank())
     return engine.step([task.train.take(p) for p in positions], learning_rate=rate)
+
+
+def measured_steps(
+    config: RunConfig, task: Toy, layouts: Sequence[Layout], rate: float, measured: Sequence[bool] | None = None
+) -> list[StepStats]:
+    """A new engine's steps, each in its own layout, with the gradient noise measured in all of them or in some."""
+    engine, stats, cursor = make_engine(config, task), [], 0
+    for index, layout in enumerate(layouts):
+        positions = Stream(len(task.train), config.seed).micro_batches(cursor, layout, dist.get_rank())
+        columns = [task.train.take(p) for p in positions]
+        wanted = measured is None or measured[index]
+        stats.append(engine.step(columns, learning_rate=rate, measure_noise=wanted))
+        cursor += layout.global_batch
+    return stats
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
@@ -371,6 +446,13 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
         evaluation_set=evaluation_set,
         checkpoints=Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, layout_key),
         recorder=Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1),
+        scheduler=Scheduler(
+            policy=make_policy(config),
+            config=config,
+            plan=plan,
+            memory=MemoryGauge(torch.device("cpu"), 2**36),
+            decides=dist.get_rank() == 0,
+        ),
         rank=dist.get_rank(),
         stop_requested=lambda: dist.get_rank() == 0 and next(calls) == stop_in,
     )

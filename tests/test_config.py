@@ -149,7 +149,7 @@ def test_names_that_are_not(name):
             ["scale.workers=0,4"],
             "scale.workers=(0, 4): should be a whole number or a list such as 2,8 with each above 0",
         ),
-        (["policy.name=clever"], "policy.name='clever': should be 'fixed'"),
+        (["policy.name=clever"], "policy.name='clever': should be 'fixed', 'ramp' or 'goodput'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(overrides, message):

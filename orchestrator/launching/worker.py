@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.job import Job
 from orchestrator.launching.failures import describe, write_failure
+from orchestrator.launching.limits import container_limits
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.telemetry.records import read
@@ -97,7 +100,9 @@ class _Worker:
         from orchestrator.training.data import open_dataset
         from orchestrator.training.engine import Engine
         from orchestrator.training.loop import Training
+        from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
+        from orchestrator.training.scheduler import Scheduler
 
         task = self._order.job.task
         datasets = task.datasets()
@@ -108,16 +113,24 @@ class _Worker:
         plan = make_plan(config, self._order.shape, train_samples=len(train_set), evaluation_samples=evaluation_samples)
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
+        device = _device(plan)
         self._recorder = Recorder(self._folder, fence, plan, rank=self._rank, attempt=attempt)
         return Training(
             config=config,
             plan=plan,
             task=task,
-            engine=Engine(task, config, plan, device=_device(plan)),
+            engine=Engine(task, config, plan, device=device),
             train_set=train_set,
             evaluation_set=evaluation_set,
             checkpoints=Checkpoints(self._folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan)),
             recorder=self._recorder,
+            scheduler=Scheduler(
+                policy=make_policy(config),
+                config=config,
+                plan=plan,
+                memory=MemoryGauge(device, _memory_share(device, plan)),
+                decides=self._rank == 0,
+            ),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
         )
@@ -143,6 +156,17 @@ def _device(plan: Plan) -> Any:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _memory_share(device: Any, plan: Plan) -> int:
+    """Bytes this worker may take: its accelerator's, or its part of what container or machine offer."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = container_limits().memory_bytes or psutil.virtual_memory().total
+    return int(total / math.ceil(plan.layout.workers / plan.nodes))
 
 
 @contextmanager

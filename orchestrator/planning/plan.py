@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from orchestrator.config import RunConfig, Stop
+from orchestrator.config import Fixed, Ramp, RunConfig, Stop
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout, lay_out
@@ -45,6 +45,7 @@ class Plan:
     activation_checkpointing: bool
     precision: Precision
     device: Literal["cpu", "cuda"]
+    nodes: int
     train_samples: int
     evaluation_samples: int
     length: float | None
@@ -66,11 +67,11 @@ class Plan:
             return f"target reached: {stop.metric} {value:.4g} <= {stop.at_most:g}"
         return None
 
-    def shares(self, progress: float, batch: int) -> tuple[float, float]:
-        """Shares of the run's length at start and end of a step of ``batch`` samples; 0 and 1 without a length."""
+    def shares(self, progress: float, step: float) -> tuple[float, float]:
+        """Shares of the length at start and end of a step worth ``step`` reference samples; 0 and 1 without one."""
         if self.length is None:
             return 0.0, 1.0
-        return min(1.0, progress / self.length), min(1.0, (progress + batch) / self.length)
+        return min(1.0, progress / self.length), min(1.0, (progress + step) / self.length)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat, JSON-ready view, as written to ``plan.json``."""
@@ -106,6 +107,7 @@ def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, eva
         activation_checkpointing=False if checkpointing == "auto" else checkpointing,
         precision=precision,
         device="cuda" if on_gpu else "cpu",
+        nodes=min(shape.nodes, workers),
         train_samples=train_samples,
         evaluation_samples=evaluation_samples,
         length=_length(config, train_samples),
@@ -130,8 +132,22 @@ def _layout(config: RunConfig, workers: int, train_samples: int, reasons: list[s
     source = "the reference batch" if wanted == "auto" else "as set"
     reasons.append(f"global batch {batch}: {source}")
     if batch != config.recipe.batch:
-        reasons.append(f"learning rate stays the recipe's, though it was tuned at batch {config.recipe.batch}")
+        reasons.append(
+            f"learning rate tuned at batch {config.recipe.batch}: carried over by rule {config.policy.rule!r}"
+        )
+    reasons.append(_batch_policy(config))
     return layout
+
+
+def _batch_policy(config: RunConfig) -> str:
+    match config.policy:
+        case Fixed():
+            return "policy fixed: the batch stays"
+        case Ramp(at=at, batches=batches):
+            steps = ", ".join(f"{batch} from {share:.0%}" for share, batch in zip(at, batches, strict=True))
+            return f"policy ramp: batch {steps} of the run on"
+        case _:
+            return "policy goodput: the batch grows while that shortens the time to the end"
 
 
 def _check_range(config: RunConfig, batch: int) -> None:

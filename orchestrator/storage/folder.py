@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "evaluations.jsonl"
 
     @property
+    def decisions(self) -> Path:
+        """One object per decision of the policy, and one for what came of it."""
+        return self.root / "decisions.jsonl"
+
+    @property
     def attempts(self) -> Path:
         """One object per start and end of a worker group."""
         return self.root / "attempts.jsonl"

@@ -20,11 +20,16 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.job import Task
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.learning_rate import Scaling
+from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
-from orchestrator.training.optimizer import add_penalties, build_optimizer, set_learning_rate
+from orchestrator.training.gradient_noise import GradientNorms
+from orchestrator.training.optimizer import add_penalties, build_optimizer, rescale, set_learning_rate
 from orchestrator.training.precision import DTYPES, compute_in
 from orchestrator.training.recompute import checkpoint_blocks
 from orchestrator.training.state import StepStats
+
+Columns = Mapping[str, "NDArray[Any]"]
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,6 +107,7 @@ class Engine:
         self.device = device
         self._task = task
         self._plan = plan
+        self._recipe = config.recipe
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         assert self._world_size == plan.layout.workers, "the plan is made for another number of workers"
@@ -127,28 +133,58 @@ class Engine:
 
     def step(
         self,
-        micro_batches: Sequence[Mapping[str, NDArray[Any]]],
+        micro_batches: Sequence[Columns],
         *,
         learning_rate: float,
         rank_zero_says: Sequence[float] = (),
+        measure_noise: bool = False,
     ) -> StepStats:
         """Accumulate the gradient of ``micro_batches`` over all workers and apply it once.
 
         ``rank_zero_says`` travels with the loss in the step's one small all-reduce, so that all ranks act on it
-        at the same step; the other ranks' own values are ignored.
+        at the same step; the other ranks' own values are ignored. With ``measure_noise`` the step tells a
+        ``NoiseSample``; a single worker without accumulation then takes its micro batch in two halves.
         """
         started = time.perf_counter()
         set_learning_rate(self._engine.optimizer, learning_rate)
-        loss = self._accumulate(micro_batches)
+        norms = GradientNorms(self.module) if measure_noise else None
+        if norms is not None and self._world_size * len(micro_batches) == 1:
+            micro_batches = _halves(micro_batches[0])
+        loss, times = self._accumulate(micro_batches, norms)
         accumulated = time.perf_counter()
+        own_small_sq = math.nan if norms is None else float(norms.sums.sum()) / max(norms.micro_batches, 1)
         # The small all-reduce travels while the update is computed, so it can only carry the time of the one before.
-        shared = self._share(loss, [self._update_s + accumulated - started, *rank_zero_says])
+        step_s = self._update_s + accumulated - started
+        cost_s = 0.0 if norms is None else norms.cost_s
+        shared = self._share(loss, own_small_sq, [step_s, times.micro_batch_s(), cost_s, *rank_zero_says])
+        loss_scale = self._loss_scale()
         grad_norm, applied = self._apply()
+        # The two norms of a step belong together only under one loss scale.
+        measured_norm = grad_norm if applied and self._loss_scale() == loss_scale else math.nan
         self._update_s = time.perf_counter() - accumulated
-        mean_loss, step_time_s, *said = shared()
-        return StepStats(mean_loss, grad_norm, learning_rate, applied, step_time_s, tuple(said))
+        mean_loss, small_sq, step_time_s, micro_batch_s, noise_cost_s, *said = shared()
+        return StepStats(
+            loss=mean_loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            applied=applied,
+            step_time_s=step_time_s,
+            micro_batch_time_s=micro_batch_s if math.isfinite(micro_batch_s) else None,
+            noise=_noise(small_sq, measured_norm, [_size(columns) for columns in micro_batches], self._world_size),
+            noise_cost_s=noise_cost_s,
+            rank_zero_says=tuple(said),
+        )
 
-    def to_device(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    def rescale(self, scaling: Scaling, *, carry: bool) -> None:
+        """Set what goes with the learning rate at another batch: beta2, eps, weight decay and momentum.
+
+        With ``carry``, a change in mid-run, Adam's second moment is carried over: the bias correction of the new
+        beta2 divides by another number than the moment was summed for, and while the run is young that would change
+        the size of every step.
+        """
+        rescale(self._engine.optimizer, self._recipe, scaling, carry=carry)
+
+    def to_device(self, batch: Columns) -> dict[str, torch.Tensor]:
         """Columns as tensors on this rank's device."""
         tensors = {name: torch.as_tensor(column) for name, column in batch.items()}
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
@@ -182,21 +218,29 @@ class Engine:
             group.update(settings)
         load_local_buffers(self.module, own_buffers)
 
-    def _accumulate(self, micro_batches: Sequence[Mapping[str, NDArray[Any]]]) -> torch.Tensor:
-        """Forward and backward of every micro batch; returns this rank's mean loss, detached."""
+    def _accumulate(
+        self, micro_batches: Sequence[Columns], norms: GradientNorms | None
+    ) -> tuple[torch.Tensor, _Stopwatch]:
+        """Forward and backward of every micro batch; returns this rank's mean loss, detached, and the times."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        count = len(micro_batches)
+        samples = sum(_size(columns) for columns in micro_batches)
         scale = self._missing_loss_scale()
-        for index, columns in enumerate(micro_batches):
-            # DeepSpeed counts micro steps since the start of the run, which breaks when accumulation changes:
-            # the boundary is therefore said, never counted, and the division is ours.
-            self._engine.set_gradient_accumulation_boundary(index == count - 1)
-            loss = self._task.loss(self.model, self.to_device(columns))
-            if loss.ndim != 0:
-                raise ValueError(f"Task.loss returned shape {tuple(loss.shape)}; return the mean over the samples")
-            self._engine.backward(loss * (scale / count), scale_wrt_gas=False)
-            total += loss.detach().double() / count
-        return total
+        watch = _Stopwatch(self.device)
+        with contextlib.nullcontext() if norms is None else norms.hooked(watch.note_gradient):
+            for index, columns in enumerate(micro_batches):
+                # DeepSpeed counts micro steps since the start of the run, which breaks when accumulation changes:
+                # the boundary is therefore said, never counted, and the division is ours.
+                self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                loss = self._task.loss(self.model, self.to_device(columns))
+                if loss.ndim != 0:
+                    raise ValueError(f"Task.loss returned shape {tuple(loss.shape)}; return the mean over the samples")
+                parts = samples / _size(columns)  # of equal parts, exactly their number
+                self._engine.backward(loss * (scale / parts), scale_wrt_gas=False)
+                if norms is not None:
+                    norms.take(self._loss_scale() / parts)
+                total += loss.detach().double() / parts
+                watch.end_micro_batch()
+        return total, watch
 
     def _apply(self) -> tuple[float, bool]:
         """Apply the accumulated gradient; returns its norm before clipping, and whether it was applied."""
@@ -224,12 +268,18 @@ class Engine:
             return float(self._engine.optimizer.loss_scale)
         return 1.0
 
-    def _share(self, loss: torch.Tensor, said: Sequence[float]) -> Callable[[], list[float]]:
-        """Start averaging ``loss`` over the ranks and spreading what rank 0 says; the result waits for it."""
+    def _loss_scale(self) -> float:
+        """What a loss is multiplied by before its backward pass, by DeepSpeed or for it."""
+        return float(self._engine.optimizer.loss_scale) if self._plan.precision == "fp16" else 1.0
+
+    def _share(self, loss: torch.Tensor, small_sq: float, said: Sequence[float]) -> Callable[[], list[float]]:
+        """Start averaging ``loss`` and ``small_sq`` over the ranks and spreading what rank 0 says.
+
+        The result waits for it.
+        """
         mine = said if self._rank == 0 else [0.0] * len(said)
-        values = torch.cat(
-            [(loss / self._world_size).reshape(1), torch.tensor(mine, dtype=torch.float64).to(loss.device)]
-        )
+        rest = torch.tensor([small_sq / self._world_size, *mine], dtype=torch.float64)
+        values = torch.cat([(loss / self._world_size).reshape(1), rest.to(loss.device)])
         work = dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
         def result() -> list[float]:
@@ -238,6 +288,70 @@ class Engine:
             return [float(value) for value in values.tolist()]
 
         return result
+
+
+class _Stopwatch:
+    """When the micro batches of a step ended, on the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks = [self._mark()]
+        self._gradient: Any = None
+
+    def end_micro_batch(self) -> None:
+        self._marks.append(self._mark())
+
+    def note_gradient(self) -> None:
+        """A gradient has just been computed: the last one ends the backward pass, before anything is sent."""
+        self._gradient = self._mark()
+
+    def micro_batch_s(self) -> float:
+        """Mean time of a micro batch without synchronisation, in s; NaN where it cannot be told apart.
+
+        The last micro batch's backward pass ends with the reduction over the workers, so it counts only where its
+        gradients were watched, and no other is there.
+        """
+        if len(self._marks) > 2:
+            return self._between(self._marks[0], self._marks[-2]) / (len(self._marks) - 2)
+        return math.nan if self._gradient is None else self._between(self._marks[0], self._gradient)
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._on_gpu:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def _size(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _halves(columns: Columns) -> list[Columns]:
+    """A micro batch in two parts, or whole where it holds one sample."""
+    middle = _size(columns) // 2
+    if middle == 0:
+        return [columns]
+    return [{name: c[part] for name, c in columns.items()} for part in (slice(None, middle), slice(middle, None))]
+
+
+def _noise(small_sq: float, grad_norm: float, sizes: Sequence[int], world_size: int) -> NoiseSample | None:
+    """The step's sample of the noise scale; None where it was not measured, overflowed, or had one part only."""
+    if not (math.isfinite(small_sq) and math.isfinite(grad_norm)) or world_size * len(sizes) < 2:
+        return None
+    small_batch = len(sizes) / sum(1.0 / size for size in sizes)
+    return NoiseSample.from_norms(
+        mean_small_sq=small_sq,
+        big_sq=grad_norm * grad_norm,
+        small_batch=small_batch,
+        small_batches=world_size * sum(sizes) / small_batch,
+    )
 
 
 def _seed(seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,14 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, NonFiniteLossError, did_you_mean
 from orchestrator.job import Dataset, Task
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
 from orchestrator.training.checkpoint import Checkpoints, list_checkpoints
 from orchestrator.training.data import Stream
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
+from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
 
 __all__ = ["Outcome", "Training", "train"]
@@ -44,6 +46,7 @@ class Training:
     evaluation_set: Dataset | None
     checkpoints: Checkpoints
     recorder: Recorder
+    scheduler: Scheduler
     rank: int
     stop_requested: Callable[[], bool]
 
@@ -55,22 +58,28 @@ def train(run: Training) -> Outcome:
         NonFiniteLossError: more steps in a row than allowed had no finite loss and gradient.
     """
     stream = Stream(run.plan.train_samples, run.config.seed)
-    state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan)
+    state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config)
     run.recorder.begin(state)
+    scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
     saved_step, saved_at, stop = state.step, time.monotonic(), False
     while not (reason := run.plan.finished(state)) and not stop:
         micro_batches = [
             run.train_set.take(positions) for positions in stream.micro_batches(state.samples, state.layout, run.rank)
         ]
+        scaling = run.scheduler.scale(run.engine, state, scaling)
+        decision = run.scheduler.decide(state)
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(run.stop_requested(), _save_due(run, state, saved_at)),
+            rank_zero_says=(run.stop_requested(), _save_due(run, state, saved_at), *spoken(decision)),
+            measure_noise=run.scheduler.measures(state),
         )
-        stop, save_due = (bool(said) for said in stats.rank_zero_says)
-        state = state.after(stats)
+        asked_to_stop, save_due, *said = stats.rank_zero_says
+        stop = bool(asked_to_stop)
+        before, state = state, state.after(stats, run.plan, run.config)
         run.recorder.step(state, stats)
         _refuse_nonfinite(run, state, stats)
+        state = _act(run, before, state, decision, said)
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
         if save_due and stats.finite:
@@ -83,8 +92,20 @@ def train(run: Training) -> Outcome:
     return Outcome(state, reason or "stop requested", stopped=reason is None)
 
 
+def _act(
+    run: Training, before: TrainState, state: TrainState, decision: Decision | None, said: Sequence[float]
+) -> TrainState:
+    """Take up what rank 0 decided, on every rank; later, once, write down what came of it."""
+    if (heard := understood(said, state.layout.workers)) is not None:
+        run.recorder.decision(state, decision)
+        return state.changed(*heard)
+    if (found := run.scheduler.outcome(before, state)) is not None:
+        run.recorder.measured(state, *found)
+    return state
+
+
 def _learning_rate(run: Training, state: TrainState) -> float:
-    start, end = run.plan.shares(state.progress, state.layout.global_batch)
+    start, end = run.plan.shares(state.progress, state.step_progress(run.config))
     peak = run.config.recipe.optimizer.learning_rate
     return peak * factor(run.config.recipe.schedule, start, end) * state.learning_rate_factor
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from orchestrator.config import SGD, AdamW, Penalties, Recipe
+from orchestrator.scheduling.learning_rate import Scaling
 
-__all__ = ["add_penalties", "build_optimizer", "set_learning_rate"]
+__all__ = ["add_penalties", "build_optimizer", "carry_second_moment", "rescale", "set_learning_rate"]
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, *, device: str) -> torch.optim.Optimizer:
@@ -39,6 +40,45 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     """Set the rate of every parameter group of a torch or DeepSpeed optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def rescale(optimizer: Any, recipe: Recipe, scaling: Scaling, *, carry: bool) -> None:
+    """Set beta2, eps, decay and momentum of every group of a torch or DeepSpeed optimizer for another batch.
+
+    With ``carry`` Adam's second moment keeps its meaning under the new beta2 (see ``carry_second_moment``).
+    """
+    wanted = recipe.optimizer
+    if isinstance(wanted, SGD):
+        for group in optimizer.param_groups:
+            group["momentum"] = scaling.momentum
+        return
+    assert scaling.beta2 is not None
+    before = optimizer.param_groups[0]["betas"][1]
+    if carry and before != scaling.beta2:
+        carry_second_moment(_innermost(optimizer), before, scaling.beta2)
+    for group in optimizer.param_groups:
+        group["betas"] = (wanted.beta1, scaling.beta2)
+        group["eps"] = wanted.eps * scaling.eps
+        if isinstance(wanted, AdamW) and group["decay"]:
+            group["decay"] = recipe.penalties.weight_decay * scaling.weight_decay
+
+
+@torch.no_grad()
+def carry_second_moment(optimizer: torch.optim.Optimizer, old: float, new: float) -> None:
+    """Rescale Adam's second moments so that their bias-corrected values are the same under ``new`` as under ``old``.
+
+    After t steps of beta2 a moment holds 1 - beta2^t of what it will hold, and is divided by that.
+    """
+    # By state and not by group: ZeRO stage 3 leaves its groups empty between two steps.
+    for state in optimizer.state.values():
+        if "exp_avg_sq" in state and (steps := float(state["step"])) > 0:
+            state["exp_avg_sq"].mul_((1.0 - new**steps) / (1.0 - old**steps))
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _groups(model: nn.Module, penalties: Penalties) -> list[dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.observation import Decision
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.records import JsonLines, truncate_after
@@ -24,6 +26,7 @@ class Recorder:
         self._attempt = attempt
         self._metrics = JsonLines(folder.metrics)
         self._evaluations = JsonLines(folder.evaluations)
+        self._decisions = JsonLines(folder.decisions)
         self._checked_at = 0.0
         self.last_step = 0
         """The last optimizer step that this worker took part in."""
@@ -36,6 +39,7 @@ class Recorder:
         self._fence.check()
         truncate_after(self._folder.metrics, state.step)
         truncate_after(self._folder.evaluations, state.step)
+        truncate_after(self._folder.decisions, state.step)
         record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
         self._attempts(record)
 
@@ -59,8 +63,30 @@ class Recorder:
             "step_time_s": stats.step_time_s,
             "samples_per_s": batch / stats.step_time_s,
             "skipped": not stats.finite,
+            **_scheduling(state, stats),
         }
         self._metrics.append(record)
+
+    def decision(self, state: TrainState, decision: Decision | None) -> None:
+        """Record a decision that acts from the next step on; rank 0 knows its reasons."""
+        if self._writes and decision is not None:
+            self._fence.check()
+            seen = {
+                "noise_scale": asdict(known) if (known := state.history.noise_scale) else None,
+                "layout": asdict(state.layout),
+                "loss": state.loss,
+                "ambition": state.history.ambition,
+                "timings": [asdict(timing) for timing in state.history.times.timings()],
+            }
+            record = {**self._where(state), "event": "decided", **asdict(decision), "seen": seen}
+            self._decisions.append(record)
+
+    def measured(self, state: TrainState, goodput: float, step_time_s: float) -> None:
+        """Record what the last decision turned out to be worth, in reference samples/s and s per step."""
+        if self._writes and state.history.change is not None:
+            decided = state.history.change.step
+            found = {"decided_at": decided, "goodput": goodput, "step_time_s": step_time_s}
+            self._decisions.append({**self._where(state), "event": "measured", "layout": asdict(state.layout), **found})
 
     def evaluation(self, state: TrainState, duration_s: float) -> None:
         """Record one evaluation."""
@@ -89,3 +115,17 @@ class Recorder:
         if time.monotonic() - self._checked_at > 1.0:
             self._fence.check()
             self._checked_at = time.monotonic()
+
+
+def _scheduling(state: TrainState, stats: StepStats) -> dict[str, object]:
+    """What a replay needs of a step: its times, and the gradient noise where it was measured."""
+    found: dict[str, object] = {"learning_rate_factor": state.learning_rate_factor}
+    if stats.micro_batch_time_s is not None:
+        found["micro_batch_time_s"] = stats.micro_batch_time_s
+    if stats.noise_cost_s:
+        found["noise_cost_s"] = stats.noise_cost_s
+    if stats.noise is not None:
+        found["noise"] = asdict(stats.noise)
+    if (known := state.history.noise_scale) is not None:
+        found |= {"noise_scale": known.value, "noise_scale_low": known.low, "noise_scale_high": known.high}
+    return found

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.history import History, StepFacts
+from orchestrator.scheduling.learning_rate import LARGEST_UNMEASURED, Scaling, ramp, scale
+from orchestrator.scheduling.noise_scale import NoiseSample, gain
+from orchestrator.scheduling.observation import Kind
+from orchestrator.scheduling.policy import measures_noise
 
 __all__ = ["StepStats", "TrainState"]
 
@@ -18,8 +24,9 @@ class StepStats:
 
     ``loss`` is the mean over the global batch; ``grad_norm`` the norm of its gradient before clipping;
     ``applied`` is False where the update was discarded; ``step_time_s`` is rank 0's time for the forward and backward
-    passes of this step and the update of the one before, which is when it was known; ``rank_zero_says`` is what rank 0
-    sent along.
+    passes of this step and the update of the one before, which is when it was known; ``micro_batch_time_s`` its mean
+    time for a micro batch without synchronisation, where that can be told; ``noise`` what a measured step says of the
+    gradient noise, and ``noise_cost_s`` what measuring took; ``rank_zero_says`` is what rank 0 sent along.
     """
 
     loss: float
@@ -27,6 +34,9 @@ class StepStats:
     learning_rate: float
     applied: bool
     step_time_s: float
+    micro_batch_time_s: float | None = None
+    noise: NoiseSample | None = None
+    noise_cost_s: float = 0.0
     rank_zero_says: tuple[float, ...] = ()
 
     @property
@@ -41,7 +51,7 @@ class TrainState:
 
     ``samples`` is the data cursor; ``progress`` counts reference samples; ``learning_rate_factor`` is what
     the batch in use multiplies the recipe's rate by; ``train_time_s`` is summed over attempts;
-    ``nonfinite_in_a_row`` counts discarded steps since the last good one.
+    ``nonfinite_in_a_row`` counts discarded steps since the last good one; ``history`` is what decisions are made on.
     """
 
     layout: Layout
@@ -54,25 +64,64 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     evaluation: dict[str, float] | None = None
     evaluated_at: float = 0.0
+    history: History = field(default_factory=History)
 
     @classmethod
-    def start(cls, plan: Plan) -> TrainState:
-        """The state before the first step."""
-        return cls(layout=plan.layout)
+    def start(cls, plan: Plan, config: RunConfig) -> TrainState:
+        """The state before the first step. There is nothing yet that a higher rate could upset: no ramp."""
+        state = cls(layout=plan.layout)
+        return replace(state, learning_rate_factor=state.scaling(config).learning_rate)
 
-    def after(self, stats: StepStats) -> TrainState:
+    def scaling(self, config: RunConfig) -> Scaling:
+        """What the batch in use does to learning rate, beta2, eps, weight decay and momentum."""
+        recipe = config.recipe
+        known = self.history.known_noise_scale
+        return scale(config.policy.rule, recipe.optimizer, known, recipe.batch, self.layout.global_batch)
+
+    def step_progress(self, config: RunConfig) -> float:
+        """Reference samples that one step of the batch in use is worth."""
+        reference, batch = config.recipe.batch, self.layout.global_batch
+        if batch == reference:
+            return float(batch)
+        known = self.history.known_noise_scale
+        if known is None:
+            return min(batch, LARGEST_UNMEASURED * reference)
+        return reference * gain(known, reference, batch)
+
+    def after(self, stats: StepStats, plan: Plan, config: RunConfig) -> TrainState:
         """The state after one step. A discarded one has consumed its samples and counts as progress too."""
-        batch = self.layout.global_batch
-        return replace(
-            self,
+        progress = self.progress + self.step_progress(config)
+        facts = StepFacts(
             step=self.step + 1,
-            samples=self.samples + batch,
-            # At a constant batch one sample is one reference sample: eff(B0) = 1.
-            progress=self.progress + batch,
+            progress=progress,
+            layout=self.layout,
+            nodes=plan.nodes,
+            loss=stats.loss,
+            finite=stats.finite,
+            step_time_s=stats.step_time_s,
+            micro_batch_time_s=stats.micro_batch_time_s,
+            noise=stats.noise,
+            noise_cost_s=stats.noise_cost_s,
+        )
+        # A run that never leaves its recipe's batch keeps nothing that nobody will ask for.
+        watched = measures_noise(config, self.layout.global_batch)
+        state = replace(
+            self,
+            step=facts.step,
+            samples=self.samples + self.layout.global_batch,
+            progress=progress,
             loss=stats.loss,
             train_time_s=self.train_time_s + stats.step_time_s,
             nonfinite_in_a_row=0 if stats.finite else self.nonfinite_in_a_row + 1,
+            history=self.history.after(facts, config.policy) if watched else self.history,
         )
+        target = state.scaling(config).learning_rate
+        return replace(state, learning_rate_factor=ramp(self.learning_rate_factor, target, _memory(config)))
+
+    def changed(self, kind: Kind, layout: Layout) -> TrainState:
+        """The state once a decision is taken: from the next step on, the other layout."""
+        history = self.history.changed(kind, self.step, self.progress, self.layout, layout)
+        return replace(self, layout=layout, history=history)
 
     def evaluated(self, metrics: dict[str, float]) -> TrainState:
         """The state after an evaluation."""
@@ -86,7 +135,8 @@ class TrainState:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a loss or metric that is not a finite number becomes None."""
-        data = asdict(self)
+        data = asdict(replace(self, history=History()))
+        data["history"] = self.history.to_dict()
         data["loss"] = _finite_or_none(self.loss)
         if self.evaluation is not None:
             data["evaluation"] = {name: _finite_or_none(value) for name, value in self.evaluation.items()}
@@ -98,7 +148,14 @@ class TrainState:
         metrics = data["evaluation"]
         evaluation = None if metrics is None else {name: _nan_for_none(value) for name, value in metrics.items()}
         layout, loss = Layout(**data["layout"]), _nan_for_none(data["loss"])
-        return cls(**{**data, "layout": layout, "loss": loss, "evaluation": evaluation})
+        history = History.from_dict(data["history"])
+        return cls(**{**data, "layout": layout, "loss": loss, "evaluation": evaluation, "history": history})
+
+
+def _memory(config: RunConfig) -> float:
+    """Decay of the optimizer's mean of gradients: what a higher rate meets is as old as that."""
+    optimizer = config.recipe.optimizer
+    return optimizer.momentum if isinstance(optimizer, SGD) else optimizer.beta1
 
 
 def _finite_or_none(value: float) -> float | None:

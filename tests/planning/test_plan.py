@@ -60,6 +60,7 @@ def test_a_whole_plan() -> None:
         activation_checkpointing=False,
         precision="fp32",
         device="cpu",
+        nodes=1,
         train_samples=1000,
         evaluation_samples=200,
         length=2000,
@@ -67,6 +68,7 @@ def test_a_whole_plan() -> None:
         stop=Stop(epochs=2),
         reasons=(
             "global batch 64: the reference batch",
+            "policy goodput: the batch grows while that shortens the time to the end",
             "ZeRO stage 1: optimizer state shared over the workers, at no cost in communication",
             "precision fp32: no accelerator",
         ),
@@ -92,6 +94,7 @@ def test_a_plan_as_it_is_written_down() -> None:
         "activation_checkpointing": False,
         "precision": "bf16",
         "device": "cuda",
+        "nodes": 1,
         "train_samples": 1000,
         "evaluation_samples": 200,
         "length": 640.0,
@@ -99,7 +102,8 @@ def test_a_plan_as_it_is_written_down() -> None:
         "stop": {"steps": 10, "metric": "accuracy", "at_least": 0.9},
         "reasons": (
             "global batch 128: as set",
-            "learning rate stays the recipe's, though it was tuned at batch 64",
+            "learning rate tuned at batch 64: carried over by rule 'auto'",
+            "policy goodput: the batch grows while that shortens the time to the end",
             "precision bf16: what A100 is fast at",
         ),
     }

@@ -32,6 +32,7 @@ def test_what_lies_where() -> None:
         "plan": "plan.json",
         "metrics": "metrics.jsonl",
         "evaluations": "evaluations.jsonl",
+        "decisions": "decisions.jsonl",
         "attempts": "attempts.jsonl",
         "checkpoints": "checkpoints",
         "summary": "summary.json",

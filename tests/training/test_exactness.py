@@ -32,7 +32,7 @@ from gloo_jobs import (
     toy_config,
 )
 from jobs.vision import digits, write_digits
-from orchestrator.config import SGD, Adam, AdamW, Penalties, Recipe, RunConfig
+from orchestrator.config import SGD, Adam, AdamW, Fixed, Penalties, Recipe, RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.telemetry.records import read
 from orchestrator.training.data import Stream
@@ -309,7 +309,8 @@ def first_losses(two: GlooGroup) -> list[float]:
         write_digits(f"{folder}/data")
         job = digits(f"{folder}/data")
         root, driver = new_run(Path(folder) / "run")
-        two.run(run_loop, job.config, job.task, root, driver, STEPS)
+        config = job.config.model_copy(update={"policy": Fixed()})
+        two.run(run_loop, config, job.task, root, driver, STEPS)
         return [record["loss"] for record in read(root / "metrics.jsonl")]
 
 

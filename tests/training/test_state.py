@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.config import SGD, EvaluationConfig, Recipe, RunConfig, ScaleConfig, Stop
+from orchestrator.config import (
+    SGD,
+    EvaluationConfig,
+    Fixed,
+    Goodput,
+    LayoutConfig,
+    Policy,
+    Recipe,
+    RunConfig,
+    ScaleConfig,
+    Stop,
+)
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.state import StepStats, TrainState
 
 LAYOUT = Layout(workers=2, micro_batch=4, accumulation=2)
@@ -37,25 +50,38 @@ states = st.builds(
 )
 
 
-def plan(*, evaluation_samples: int = 10, every_epochs: float = 1.0) -> Plan:
-    config = RunConfig(
+def config(policy: Policy | None = None, *, every_epochs: float = 1.0, **layout: Any) -> RunConfig:
+    return RunConfig(
         name="a",
         recipe=Recipe(batch=16, optimizer=SGD(learning_rate=0.1), stop=Stop(epochs=4)),
         scale=ScaleConfig(workers=2),
+        policy=policy or Fixed(),
+        layout=LayoutConfig(**layout),
         evaluation=EvaluationConfig(every_epochs=every_epochs),
     )
-    return make_plan(config, ClusterShape(1, 2), train_samples=100, evaluation_samples=evaluation_samples)
+
+
+def plan(wanted: RunConfig | None = None, *, evaluation_samples: int = 10) -> Plan:
+    shape = ClusterShape(1, 2)
+    return make_plan(wanted or config(), shape, train_samples=1000, evaluation_samples=evaluation_samples)
+
+
+def after(state: TrainState, *steps: StepStats, of: RunConfig | None = None) -> TrainState:
+    wanted = of or config()
+    for stats in steps:
+        state = state.after(stats, plan(wanted), wanted)
+    return state
 
 
 def test_a_run_starts_at_nothing_in_the_planned_layout() -> None:
-    state = TrainState.start(plan())
+    state = TrainState.start(plan(), config())
     assert state == TrainState(layout=Layout(2, 8, 1), loss=state.loss)
     assert math.isnan(state.loss)
 
 
 def test_a_step_moves_everything_on() -> None:
     before = TrainState(layout=LAYOUT, step=3, samples=48, progress=48.0, train_time_s=1.0, nonfinite_in_a_row=2)
-    assert before.after(GOOD) == replace(
+    assert after(before, GOOD) == replace(
         before, step=4, samples=64, progress=64.0, loss=0.5, train_time_s=1.25, nonfinite_in_a_row=0
     )
 
@@ -70,27 +96,28 @@ def test_a_step_moves_everything_on() -> None:
     ],
 )
 def test_a_step_that_was_not_applied_or_has_no_loss_is_counted(stats: StepStats) -> None:
-    after = TrainState(layout=LAYOUT).after(GOOD).after(stats).after(stats)
-    assert (after.step, after.samples, after.nonfinite_in_a_row) == (3, 48, 2)
+    state = after(TrainState(layout=LAYOUT), GOOD, stats, stats)
+    assert (state.step, state.samples, state.nonfinite_in_a_row) == (3, 48, 2)
     assert not stats.finite
 
 
 def test_an_evaluation_is_dated_by_progress() -> None:
-    state = TrainState(layout=LAYOUT).after(GOOD).evaluated({"accuracy": 0.5})
+    state = after(TrainState(layout=LAYOUT), GOOD).evaluated({"accuracy": 0.5})
     assert (state.evaluation, state.evaluated_at) == ({"accuracy": 0.5}, 16.0)
 
 
 @given(st.floats(0.3, 5.0), st.integers(1, 200))
 def test_each_multiple_is_evaluated_once(every_epochs: float, steps: int) -> None:
     """At the first step that reaches or passes it; two in one step are one evaluation."""
-    ours = plan(every_epochs=every_epochs)
-    state, evaluated = TrainState.start(ours), []
+    wanted = config(every_epochs=every_epochs)
+    ours = plan(wanted)
+    state, evaluated = TrainState.start(ours, wanted), []
     for _ in range(steps):
-        state = state.after(GOOD)
+        state = state.after(GOOD, ours, wanted)
         if state.evaluation_due(ours):
             state = state.evaluated({})
             evaluated.append(state.progress)
-    every = every_epochs * 100
+    every = every_epochs * 1000
     expected = [
         16.0 * n for n in range(1, steps + 1) if math.floor(16.0 * n / every) > math.floor(16.0 * (n - 1) / every)
     ]
@@ -98,7 +125,53 @@ def test_each_multiple_is_evaluated_once(every_epochs: float, steps: int) -> Non
 
 
 def test_nothing_is_due_without_an_evaluation_set() -> None:
-    assert not replace(TrainState.start(plan()), progress=1e6).evaluation_due(plan(evaluation_samples=0))
+    assert not replace(TrainState.start(plan(), config()), progress=1e6).evaluation_due(plan(evaluation_samples=0))
+
+
+# -- another batch than the recipe's -----------------------------------------------------------
+
+
+NOISY = NoiseSample(gradient_sq=1.0, noise_trace=160.0, small_batch=8, small_batches=2)
+"""A noise scale of 160 samples: ten reference batches."""
+
+
+def test_at_the_reference_batch_progress_is_samples_and_the_rate_the_recipes_to_the_bit() -> None:
+    wanted = config(Goodput())
+    state = after(
+        TrainState.start(plan(wanted), wanted), *[replace(GOOD, noise=NOISY, noise_cost_s=1e-3)] * 20, of=wanted
+    )
+    assert state.history.noise_scale is not None
+    assert (state.progress, state.learning_rate_factor) == (320.0, 1.0)
+
+
+def test_a_larger_batch_is_worth_its_gain_and_raises_the_rate_by_steps() -> None:
+    wanted = config(Goodput())
+    state = after(
+        TrainState.start(plan(wanted), wanted), *[replace(GOOD, noise=NOISY, noise_cost_s=1e-3)] * 20, of=wanted
+    )
+    noise = state.history.known_noise_scale
+    assert noise == pytest.approx(160.0)
+    state = state.changed("grow", Layout(2, 16, 1))
+    gain = (1 + noise / 16) / (1 + noise / 32)
+    first = after(state, GOOD, of=wanted)
+    assert first.progress - state.progress == pytest.approx(16 * gain)
+    assert 1.0 < first.learning_rate_factor < gain
+    assert after(first, *[GOOD] * 30, of=wanted).learning_rate_factor == pytest.approx(gain)
+
+
+def test_a_batch_fixed_elsewhere_starts_at_its_own_rate_and_counts_no_more_than_is_known() -> None:
+    wanted = config(global_batch=128)
+    state = TrainState.start(plan(wanted), wanted)
+    assert state.learning_rate_factor == 4.0  # linear, capped until the noise is known
+    assert after(state, GOOD, of=wanted).progress == 64.0
+
+
+def test_a_change_that_was_taken_back_halves_the_ambition() -> None:
+    state = TrainState(layout=LAYOUT).changed("grow", Layout(2, 8, 2)).changed("revert", LAYOUT)
+    assert state.layout == LAYOUT
+    assert state.history.ambition == 0.5
+    assert state.history.change is not None
+    assert state.history.change.before == Layout(2, 8, 2)
 
 
 @given(states)

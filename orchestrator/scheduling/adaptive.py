@@ -1,0 +1,230 @@
+"""The default policy: the layout of the highest predicted goodput, changed carefully and taken back when it hurts.
+
+How it decides, in this order (each step is one method):
+
+1. Guard. The loss since the last change lies above what the trend before it foretold, by ``guard_sigma`` standard
+   errors and ``NOTABLE`` of its size: go back, and decide on half the noise scale from then on.
+2. Explore, in ordinary training steps. Two micro batches must have been timed before their effect can be told from
+   the fixed cost of a step: the same global batch is run in halves for a few steps. Later, where the model of step
+   times sees no gain in a batch that nobody has timed and that costs little of a sample's worth, it is tried once: a
+   few timed steps are worth more than a model, and the better of the two is kept.
+3. Improve. Of all layouts within the bounds, memory and a factor of 2 of the batch in use, the one with the highest
+   goodput, if it promises ``min_gain`` more and saves more time over the rest of the run than the change costs.
+   Growing is decided on the lower bound of the noise scale, shrinking on the upper: what is not known argues for
+   leaving things alone, and a stationary problem is left alone for good.
+
+Goodput (Qiao et al. 2021, arXiv:2008.12260) = batch / step time x efficiency; the efficiency is that of McCandlish et
+al. 2018. An estimate made at a small batch is conservative for a large one, hence the factor of 2 and a new look.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+from orchestrator.config import Goodput
+from orchestrator.planning.layout import Layout
+from orchestrator.planning.step_time import StepTimeModel
+from orchestrator.scheduling.noise_scale import statistical_efficiency
+from orchestrator.scheduling.observation import Alternative, Decision, Observation
+from orchestrator.scheduling.reach import Reach
+
+__all__ = ["GoodputPolicy"]
+
+TIMED_STEPS = 4
+"""Steps, warm-up not counted, that make a layout's time known."""
+UNDISTURBED_STEPS = 16
+"""Timed steps before the first exploration: the beginning of a run is not what the rest of it is like."""
+WORTH_A_LOOK = 0.75
+"""A batch is tried untimed only if a sample keeps this much of its worth. Assumption."""
+LOOK_STEPS = 40
+"""Steps that must be left for a look to pay."""
+GUARD_STEPS = 10
+GUARD_REACH = 1.25
+"""The guard looks until progress has grown by this factor: further on a trend foretells nothing."""
+NOTABLE = 0.02
+"""A loss is worse only if it is so by this share of itself too. Assumption."""
+SWITCH_STEPS = 3
+"""What a change costs, in steps of the new layout: allocation, warm-up. Assumption, generous."""
+LARGEST_GROWTH = 2
+EXPLAINED = 6
+"""Alternatives that a decision names."""
+
+
+@dataclass(frozen=True)
+class GoodputPolicy:
+    """See the module."""
+
+    settings: Goodput
+    reach: Reach
+
+    def decide(self, seen: Observation) -> Decision | None:
+        """The change to make now, or None."""
+        return self._guard(seen) or self._explore(seen) or self._improve(seen)
+
+    # -- 1. guard --
+
+    def _guard(self, seen: Observation) -> Decision | None:
+        change = seen.change
+        if change is None or change.kind == "revert" or change.deviation.steps < GUARD_STEPS:
+            return None
+        if change.before.global_batch == seen.layout.global_batch or seen.progress > GUARD_REACH * change.progress:
+            return None
+        deviation = change.deviation
+        loss = deviation.trend.wy / deviation.trend.weight
+        if deviation.sigmas < self.settings.guard_sigma or deviation.mean < NOTABLE * abs(loss):
+            return None
+        reason = (
+            f"loss {deviation.mean:.3g} above its trend ({deviation.sigmas:.1f} standard errors in {deviation.steps} "
+            f"steps) since batch {seen.layout.global_batch}: back, and half the ambition"
+        )
+        return Decision("revert", change.before, reason)
+
+    # -- 2. explore --
+
+    def _explore(self, seen: Observation) -> Decision | None:
+        if not self.settings.explore or _is_exploring(seen) or _timed_steps(seen, seen.layout) < UNDISTURBED_STEPS:
+            return None
+        timed = seen.times.micro_batches(nodes=seen.nodes, workers=seen.layout.workers)
+        if timed == {seen.layout.micro_batch}:
+            other = _halved(seen.layout, self.reach)
+            if other is not None:
+                reason = f"micro batch {other.micro_batch} timed at the same global batch of {other.global_batch}"
+                return Decision("explore", other, reason)
+        return None
+
+    def _try_larger(self, seen: Observation, low: float) -> Decision | None:
+        """The doubled batch, where nobody knows how long its step takes and little is lost by looking."""
+        layout, high = seen.layout, self.bounds(seen)[1]
+        larger = replace(layout, micro_batch=2 * layout.micro_batch)
+        if not self.settings.explore or larger.global_batch > high or _timed_steps(seen, larger):
+            return None
+        if larger.micro_batch not in self.reach.micro_batches(seen):
+            return None
+        worth = statistical_efficiency(low, layout.global_batch, larger.global_batch)
+        if worth < WORTH_A_LOOK or _steps_left(seen) < LOOK_STEPS:
+            return None
+        reason = (
+            f"batch {larger.global_batch} timed: a sample is still worth {worth:.0%} at noise scale {seen.noise_scale}"
+        )
+        return Decision("explore", larger, reason)
+
+    # -- 3. improve --
+
+    def _improve(self, seen: Observation) -> Decision | None:
+        exploring = _is_exploring(seen)
+        if _timed_steps(seen, seen.layout) < TIMED_STEPS or not (exploring or self._is_due(seen)):
+            return None
+        model = seen.times.model()
+        if model is None:
+            return None
+        if exploring:
+            return self._settle(seen, model)
+        if seen.noise_scale is None:
+            return None
+        low, high = self.bounds(seen)
+        batch = seen.layout.global_batch
+        doubted = seen.ambition * seen.noise_scale.low
+        return (
+            self._best(seen, model, doubted, max(low, batch), min(high, LARGEST_GROWTH * batch))
+            or self._try_larger(seen, doubted)
+            or self._best(seen, model, seen.noise_scale.high, max(low, -(-batch // LARGEST_GROWTH)), min(high, batch))
+        )
+
+    def _is_due(self, seen: Observation) -> bool:
+        """Every interval at first, then ever more seldom: what was not worth it does not soon become so."""
+        intervals, rest = divmod(seen.steps_since_change, self.settings.min_interval_steps)
+        if rest or not intervals:
+            return False
+        spacing = min(1 << max(intervals.bit_length() - 3, 0), 32)
+        return intervals % spacing == 0
+
+    def _settle(self, seen: Observation, model: StepTimeModel) -> Decision:
+        """The better of the two layouts, now that both were timed."""
+        assert seen.change is not None
+        known = seen.noise_scale
+        doubted = math.inf if known is None else seen.ambition * known.low
+        rated = _all_rated(seen, model, doubted, [seen.layout, seen.change.before])
+        best, other = rated
+        now = rated[0] if best.layout == seen.layout else rated[1]
+        reason = (
+            f"{best.layout}: {1e3 * best.step_time_s:.3g} ms a step and {best.goodput:,.0f} reference samples/s, "
+            f"against {1e3 * other.step_time_s:.3g} ms and {other.goodput:,.0f} with {other.layout}"
+        )
+        return Decision("settle", best.layout, reason, now, best, tuple(rated))
+
+    def bounds(self, seen: Observation) -> tuple[int, int]:
+        """Smallest and largest global batch: the user's, or from the reference batch on to 64 times as much."""
+        reference, settings = seen.reference_batch, self.settings
+        low = reference if settings.min_batch == "auto" else settings.min_batch
+        largest = max(reference, min(64 * reference, seen.train_samples // 4))
+        high = largest if settings.max_batch == "auto" else settings.max_batch
+        if settings.seesaw and seen.noise_scale is not None and 0.0 < seen.schedule_factor < 1.0:
+            # Where the schedule would multiply the rate by alpha, the batch grows by 1 / alpha instead, and the rule
+            # for the learning rate gives back what belongs to it; only while the batch is below the noise scale.
+            wanted = min(reference / seen.schedule_factor, seen.ambition * seen.noise_scale.low)
+            low = min(max(low, int(wanted)), LARGEST_GROWTH * seen.layout.global_batch)
+        return low, max(low, high)
+
+    def _best(
+        self, seen: Observation, model: StepTimeModel, noise_scale: float, low: int, high: int
+    ) -> Decision | None:
+        """The best layout in ``low``..``high`` if it is worth the change, on this noise scale."""
+        layouts = self.reach.layouts(seen, low, high)
+        if not layouts:
+            return None
+        rated = _all_rated(seen, model, noise_scale, layouts)
+        best, now = rated[0], _rated(seen, model, noise_scale, seen.layout)
+        forced = seen.layout.global_batch < self.bounds(seen)[0]
+        if best.layout == seen.layout or not (forced or self._is_worth_it(seen, now, best)):
+            return None
+        grows = best.layout.global_batch - seen.layout.global_batch
+        kind = "grow" if grows > 0 else "shrink" if grows < 0 else "settle"
+        reason = (
+            f"goodput {now.goodput:,.0f} -> {best.goodput:,.0f} reference samples/s "
+            f"({best.goodput / now.goodput - 1:+.0%}) at noise scale {seen.noise_scale}"
+        )
+        return Decision(kind, best.layout, reason, now, best, tuple(rated[:EXPLAINED]))  # type: ignore[arg-type]
+
+    def _is_worth_it(self, seen: Observation, now: Alternative, best: Alternative) -> bool:
+        if best.goodput < (1.0 + self.settings.min_gain) * now.goodput:
+            return False
+        if seen.length is None:
+            return True
+        remaining = max(seen.length - seen.progress, 0.0)
+        saved_s = remaining / now.goodput - remaining / best.goodput
+        return saved_s > SWITCH_STEPS * best.step_time_s
+
+
+def _steps_left(seen: Observation) -> float:
+    """Steps of the batch in use to the end of the run, at most: later ones are worth less than the reference's."""
+    if seen.length is None:
+        return math.inf
+    return (seen.length - seen.progress) / seen.layout.global_batch
+
+
+def _is_exploring(seen: Observation) -> bool:
+    return seen.change is not None and seen.change.kind == "explore"
+
+
+def _timed_steps(seen: Observation, layout: Layout) -> int:
+    return seen.times.count(nodes=seen.nodes, **asdict(layout))
+
+
+def _halved(layout: Layout, reach: Reach) -> Layout | None:
+    """The same global batch with half the micro batch, where that can be had."""
+    if reach.pinned_micro_batch or reach.pinned_accumulation or layout.micro_batch % 2:
+        return None
+    return replace(layout, micro_batch=layout.micro_batch // 2, accumulation=2 * layout.accumulation)
+
+
+def _all_rated(seen: Observation, model: StepTimeModel, noise_scale: float, layouts: list[Layout]) -> list[Alternative]:
+    """Layouts as predicted, best first; of equals the larger micro batch, then the smaller accumulation."""
+    rated = [_rated(seen, model, noise_scale, layout) for layout in layouts]
+    return sorted(rated, key=lambda one: (-one.goodput, -one.layout.micro_batch, one.layout.accumulation))
+
+
+def _rated(seen: Observation, model: StepTimeModel, noise_scale: float, layout: Layout) -> Alternative:
+    step_time_s = float(model.step_time_s(nodes=seen.nodes, **asdict(layout)))
+    efficiency = float(statistical_efficiency(noise_scale, seen.reference_batch, layout.global_batch))
+    return Alternative(layout, step_time_s, efficiency, layout.global_batch / step_time_s * efficiency)

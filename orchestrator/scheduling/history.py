@@ -1,0 +1,136 @@
+"""What a run remembers of its steps to decide by: one frozen value, saved with every checkpoint.
+
+A fold over the steps, so the same steps give the same memory: in the run, after a restart, and when the records of a
+run are replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from orchestrator.config import BatchPolicy
+from orchestrator.planning.layout import Layout
+from orchestrator.planning.step_time import StepTimes
+from orchestrator.scheduling.loss_trend import Deviation, LossTrend
+from orchestrator.scheduling.noise_scale import NoiseSample, NoiseScale, NoiseScaleWindow
+from orchestrator.scheduling.observation import Change, Kind
+
+__all__ = ["History", "StepFacts"]
+
+SHORTEST_NOISE_INTERVAL = 2
+"""A measured step is not timed, so every second one at least must not be measured."""
+LONGEST_NOISE_INTERVAL = 1000
+COST_MEMORY = 0.8
+"""Weight of what was known of the cost of measuring, against the newest measurement."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One optimizer step, as it is remembered."""
+
+    step: int
+    progress: float
+    """Reference samples at its end."""
+    layout: Layout
+    nodes: int
+    loss: float
+    finite: bool
+    step_time_s: float
+    micro_batch_time_s: float | None = None
+    noise: NoiseSample | None = None
+    noise_cost_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class History:
+    """Noise, times and losses so far, and the last change."""
+
+    window: NoiseScaleWindow = field(default_factory=NoiseScaleWindow)
+    noise_scale: NoiseScale | None = None
+    """The window's estimate."""
+    times: StepTimes = field(default_factory=StepTimes)
+    trend: LossTrend = field(default_factory=LossTrend)
+    change: Change | None = None
+    ambition: float = 1.0
+    noise_interval: int | None = None
+    """Steps between two measurements; None until the first has shown its cost."""
+    noise_cost_s: float = 0.0
+
+    def after(self, facts: StepFacts, policy: BatchPolicy) -> History:
+        """The history with one more step."""
+        known = self._measured(facts, policy) if facts.noise_cost_s > 0.0 else self._timed(facts)
+        if not facts.finite:
+            return known
+        batch = facts.layout.global_batch
+        change = self.change
+        if change is not None:
+            change = replace(change, deviation=change.deviation.after(facts.progress, facts.loss, batch))
+        return replace(known, trend=self.trend.after(facts.progress, facts.loss, batch), change=change)
+
+    @property
+    def known_noise_scale(self) -> float | None:
+        """What learning rate and progress go by: the estimate, or its lower bound where there is no upper one."""
+        known = self.noise_scale
+        return None if known is None else known.low if math.isinf(known.high) else known.value
+
+    def changed(self, kind: Kind, step: int, progress: float, before: Layout, after: Layout) -> History:
+        """The history once ``before`` has been left for ``after``, or found to be the right place to stay."""
+        if before == after and self.change is not None:
+            return replace(self, change=replace(self.change, kind=kind))
+        change = Change(kind, step, progress, before, Deviation(self.trend))
+        ambition = self.ambition / 2.0 if kind == "revert" else self.ambition
+        return replace(self, change=change, ambition=ambition)
+
+    def measures(self, step: int, policy: BatchPolicy) -> bool:
+        """Whether optimizer step ``step`` (from 1 on) measures the gradient noise."""
+        return step % (self.noise_interval or policy.noise_interval_steps) == 0
+
+    def _measured(self, facts: StepFacts, policy: BatchPolicy) -> History:
+        known = self.noise_cost_s
+        cost = facts.noise_cost_s if known == 0.0 else COST_MEMORY * known + (1.0 - COST_MEMORY) * facts.noise_cost_s
+        # The first measurement pays for what every first call pays.
+        step_s = max(facts.step_time_s - facts.noise_cost_s, 1e-9)
+        wanted = math.ceil(cost / (policy.noise_cost * step_s))
+        interval = min(max(wanted, SHORTEST_NOISE_INTERVAL), LONGEST_NOISE_INTERVAL)
+        if facts.noise is None:
+            return replace(self, noise_cost_s=cost, noise_interval=interval)
+        window = self.window.add(facts.noise)
+        return replace(self, window=window, noise_scale=window.estimate(), noise_cost_s=cost, noise_interval=interval)
+
+    def _timed(self, facts: StepFacts) -> History:
+        times = self.times.observe(
+            nodes=facts.nodes,
+            **asdict(facts.layout),
+            step_time_s=facts.step_time_s,
+            accumulation_time_s=facts.micro_batch_time_s,
+        )
+        return replace(self, times=times)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "window": self.window.to_dict(),
+            "times": self.times.to_dict(),
+            "trend": self.trend.to_dict(),
+            "change": None if self.change is None else self.change.to_dict(),
+            "ambition": self.ambition,
+            "noise_interval": self.noise_interval,
+            "noise_cost_s": self.noise_cost_s,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> History:
+        """The inverse of ``to_dict``."""
+        window = NoiseScaleWindow.from_dict(saved["window"])
+        return cls(
+            window=window,
+            noise_scale=window.estimate(),
+            times=StepTimes.from_dict(saved["times"]),
+            trend=LossTrend.from_dict(saved["trend"]),
+            change=None if saved["change"] is None else Change.from_dict(saved["change"]),
+            ambition=saved["ambition"],
+            noise_interval=saved["noise_interval"],
+            noise_cost_s=saved["noise_cost_s"],
+        )
