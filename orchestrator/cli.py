@@ -137,6 +137,7 @@ class _Watcher:
         self._display = display
         self.step: Callable[[Mapping[str, Any]], None] = display.step
         self.evaluation: Callable[[Mapping[str, Any]], None] = display.evaluation
+        self.decision: Callable[[Mapping[str, Any]], None] = display.decision
         self.note: Callable[[str], None] = display.note
 
     def planned(self, plan: Plan, folder: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, WorkerLostError
@@ -44,12 +44,21 @@ SAME_SIGNAL_S = 0.5
 
 
 class Listener(Protocol):
-    """Hears of a run as it goes. Four verbs: one for each thing a person watches."""
+    """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
 
     def planned(self, plan: Plan, folder: Path) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
+    def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+class _Followers(NamedTuple):
+    """The run's growing tables."""
+
+    metrics: Follower
+    evaluations: Follower
+    decisions: Follower
 
 
 def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
@@ -109,7 +118,7 @@ def _launch(
 ) -> dict[str, Any]:
     folder.stop_request.unlink(missing_ok=True)
     folder.outcome.unlink(missing_ok=True)
-    followers = Follower(folder.metrics), Follower(folder.evaluations)
+    followers = _Followers(Follower(folder.metrics), Follower(folder.evaluations), Follower(folder.decisions))
     for follower in followers:
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
@@ -166,7 +175,7 @@ class _Fit:
 
 
 def _watch(
-    attempt: _Fit, folder: RunFolder, followers: tuple[Follower, Follower], listener: Listener, grace_s: float
+    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, grace_s: float
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
     asked_at: float | None = None
@@ -193,11 +202,12 @@ def _watch(
     return outcome
 
 
-def _show(followers: tuple[Follower, Follower], listener: Listener) -> None:
-    metrics, evaluations = followers
-    for record in metrics.poll():
+def _show(followers: _Followers, listener: Listener) -> None:
+    for record in followers.metrics.poll():
         listener.step(record)
-    for record in evaluations.poll():
+    for record in followers.decisions.poll():
+        listener.decision(record)
+    for record in followers.evaluations.poll():
         listener.evaluation(record)
 
 

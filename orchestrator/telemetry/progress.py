@@ -15,7 +15,7 @@ from orchestrator.telemetry import human
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Display", "Estimator", "evaluation_line", "progress_line", "summary"]
+__all__ = ["Display", "Estimator", "decision_line", "evaluation_line", "progress_line", "summary"]
 
 SEPARATOR = "  "
 
@@ -124,6 +124,18 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     return SEPARATOR.join([where, *metrics, *([f"(took {human.duration(took)})"] if took is not None else [])])
 
 
+def decision_line(record: Mapping[str, Any]) -> str:
+    """One line for a decision: what changes at which step, and why; a measurement of what came of one is left out."""
+    before, after = (_layout(record[key]) for key in ("before", "layout"))
+    change = f"{before} -> {after}" if before != after else f"stays at {after}"
+    return f"step {human.count(record['step'])}: {record['kind']}: batch {change}: {human.printable(record['reason'])}"
+
+
+def _layout(layout: Mapping[str, Any]) -> str:
+    batch = layout["workers"] * layout["micro_batch"] * layout["accumulation"]
+    return f"{human.count(batch)} ({layout['workers']}x{layout['micro_batch']}x{layout['accumulation']})"
+
+
 def summary(result: Mapping[str, Any]) -> str:
     """The closing lines of a run, from ``summary.json``: how it ended, what it reached and where everything is."""
     rows = [(human.printable(k), human.number(v)) for k, v in (result.get("metrics") or {}).items()]
@@ -181,6 +193,11 @@ class Display:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show an evaluation record."""
         self._screen.write(evaluation_line(record))
+
+    def decision(self, record: Mapping[str, Any]) -> None:
+        """Show a decision of the policy."""
+        if record.get("event") == "decided":
+            self._screen.write(decision_line(record))
 
     def note(self, text: str) -> None:
         """Show a line, or lines, of text."""

@@ -71,15 +71,15 @@ class Recorder:
         """Record a decision that acts from the next step on; rank 0 knows its reasons."""
         if self._writes and decision is not None:
             self._fence.check()
+            known = state.history.noise_scale
             seen = {
-                "noise_scale": asdict(known) if (known := state.history.noise_scale) else None,
-                "layout": asdict(state.layout),
+                "noise_scale": None if known is None else asdict(known),
                 "loss": state.loss,
                 "ambition": state.history.ambition,
                 "timings": [asdict(timing) for timing in state.history.times.timings()],
             }
-            record = {**self._where(state), "event": "decided", **asdict(decision), "seen": seen}
-            self._decisions.append(record)
+            record = {"event": "decided", "before": asdict(state.layout), **asdict(decision), "seen": seen}
+            self._decisions.append({**self._where(state), **record})
 
     def measured(self, state: TrainState, goodput: float, step_time_s: float) -> None:
         """Record what the last decision turned out to be worth, in reference samples/s and s per step."""

@@ -1,0 +1,298 @@
+"""How much sooner a run reaches its target when the policy chooses the batch: `goodput` against every fixed batch.
+
+    python benchmarks/time_to_target.py                       # digits and language, five seeds: about an hour
+    python benchmarks/time_to_target.py --tasks digits --seeds 2
+    python benchmarks/time_to_target.py --write               # the result into benchmarks/results/
+
+Every variant trains the same job with the same recipe over the whole of its length, and the same learning-rate rule
+(`auto`) carries the rate to its batch:
+
+- `goodput`: starts at the reference batch and changes it as it goes;
+- a fixed batch: the reference batch (a), and factors of two of it (b).
+
+All variants of a seed run one after the other in one group of two gloo workers on this machine, in an order that is
+rotated from seed to seed; seeds follow one another, so what else the machine does meets every variant alike.
+
+Time to target is training time (evaluations and checkpoints excluded) to the end of the step before the first
+evaluation that reaches the target. A run that never does counts as infinitely long. Wanted: `goodput` at least 1.5
+times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WORKERS = 2
+SPEED_UP, NEAR_BEST = 1.5, 1.15
+RUN_TIMEOUT_S = 3600.0
+PACKAGES = ("torch", "deepspeed", "numpy")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job with its target and the fixed batches it is held against; the first is the reference."""
+
+    name: str
+    job: str
+    args: tuple[str, ...]
+    metric: str
+    target: float
+    larger_is_better: bool
+    batches: tuple[int, ...]
+    every_epochs: float
+
+    def reached(self, value: float) -> bool:
+        """Whether ``value`` is as good as the target."""
+        return value >= self.target if self.larger_is_better else value <= self.target
+
+
+TASKS = {
+    "digits": Task(
+        name="digits",
+        job="jobs.vision:digits",
+        args=("batch=8", "epochs=20"),
+        metric="accuracy",
+        target=0.99,
+        larger_is_better=True,
+        batches=(8, 16, 32, 64, 128, 256),
+        every_epochs=0.5,
+    ),
+    "language": Task(
+        name="language",
+        job="jobs.language:gpt",
+        args=("batch=8",),
+        metric="bits_per_byte",
+        target=2.4,
+        larger_is_better=False,
+        batches=(8, 16, 32, 64, 128),
+        every_epochs=0.02,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: time and reference samples to the target, the whole time, and the quality at its end."""
+
+    variant: str
+    seed: int
+    to_target_s: float
+    total_s: float
+    steps: int
+    quality: float
+    final_batch: int
+    changes: int
+
+
+def main() -> int:
+    """Run the benchmark; the exit code says only whether all runs ran."""
+    options = _options()
+    tasks = [TASKS[name] for name in options.tasks]
+    results: dict[str, list[Result]] = {task.name: [] for task in tasks}
+    with tempfile.TemporaryDirectory(prefix="time-to-target-") as folder:
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            for task in tasks:
+                found = _seed(task, seed, Path(folder))
+                results[task.name] += found
+                print(_line(task, found), file=sys.stderr, flush=True)
+                if options.append:
+                    with Path(options.append).open("a") as file:
+                        file.writelines(json.dumps({"task": task.name, **vars(r)}) + "\n" for r in found)
+    if options.json:
+        print(json.dumps({name: [vars(r) for r in found] for name, found in results.items()}))
+    else:
+        print("\n\n".join(table(task, results[task.name]) for task in tasks))
+    if options.write:
+        _write(results)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time to target of the goodput policy against fixed batches.")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    parser.add_argument("--append", metavar="FILE", help="append each run as a JSON line, so that seeds can be spread")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/DATE-time-to-target.md")
+    parser.add_argument("--from", dest="read", metavar="FILE", help="run nothing: report what --append wrote")
+    options = parser.parse_args()
+    if options.read:
+        sys.exit(_report(Path(options.read), options.write))
+    if options.seeds < 1:
+        parser.error("--seeds starts at 1")
+    return options
+
+
+def _report(path: Path, write: bool) -> int:
+    results: dict[str, list[Result]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        results.setdefault(record.pop("task"), []).append(Result(**record))
+    print("\n\n".join(table(TASKS[name], found) for name, found in results.items()))
+    if write:
+        _write(results)
+    return 0
+
+
+# -- the runs ----------------------------------------------------------------------------------
+
+
+def _seed(task: Task, seed: int, folder: Path) -> list[Result]:
+    variants = ["goodput", *(str(batch) for batch in task.batches)]
+    turn = seed % len(variants)
+    order = variants[turn:] + variants[:turn]
+    runs = [_run(task, variant, seed, folder) for variant in order]
+    description = folder / f"{task.name}-{seed}.json"
+    description.write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
+    return [_result(task, variant, seed, folder / run["name"]) for variant, run in zip(order, runs, strict=True)]
+
+
+def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    name = f"{task.name}-{variant}-{seed}"
+    settings = {
+        "name": name,
+        "seed": seed,
+        "checkpoint.uri": folder,
+        "checkpoint.interval_s": 1_000_000,
+        "evaluation.every_epochs": task.every_epochs,
+        "scale.workers": WORKERS,
+        "policy.name": "goodput" if variant == "goodput" else "fixed",
+    }
+    if variant != "goodput":
+        settings["layout.global_batch"] = int(variant)
+    overrides = [f"{field}={value}" for field, value in settings.items()]
+    return {"name": name, "job": task.job, "args": list(task.args), "overrides": overrides}
+
+
+def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
+    metrics, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl")
+    started = metrics[0]["time"] - metrics[0]["step_time_s"]
+    spent, to_target = 0.0, math.inf
+    for evaluation in evaluations:
+        if task.reached(evaluation["metrics"][task.metric]):
+            to_target = evaluation["time"] - evaluation["duration_s"] - started - spent
+            break
+        spent += evaluation["duration_s"]
+    evaluating = sum(evaluation["duration_s"] for evaluation in evaluations[:-1])
+    decisions = folder / "decisions.jsonl"
+    return Result(
+        variant=variant,
+        seed=seed,
+        to_target_s=to_target,
+        total_s=metrics[-1]["time"] - started - evaluating,
+        steps=metrics[-1]["step"],
+        quality=evaluations[-1]["metrics"][task.metric],
+        final_batch=metrics[-1]["global_batch"],
+        changes=sum(d["event"] == "decided" for d in _lines(decisions)) if decisions.exists() else 0,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- what is said of them ----------------------------------------------------------------------
+
+
+def _line(task: Task, found: list[Result]) -> str:
+    times = ", ".join(f"{r.variant} {r.to_target_s:.1f}/{r.total_s:.1f} s {r.quality:.4g}" for r in found)
+    return f"{task.name} seed {found[0].seed}: {times}"
+
+
+def table(task: Task, results: list[Result]) -> str:
+    """Return medians over the seeds as a Markdown table, and the verdict below it."""
+    of = {v: [r for r in results if r.variant == v] for v in ("goodput", *(str(b) for b in task.batches))}
+    reference = of[str(task.batches[0])]
+    rows = [
+        f"| | to {task.metric} {task.target:g}, s | spread | whole run, s | steps | final {task.metric} | final batch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant, found in of.items():
+        name = "`goodput`" if variant == "goodput" else f"fixed {variant}"
+        times = [r.to_target_s for r in found]
+        quality = [r.quality for r in found]
+        rows.append(
+            f"| {name} | {statistics.median(times):.1f} | {min(times):.1f} to {max(times):.1f} "
+            f"| {statistics.median(r.total_s for r in found):.1f} | {statistics.median(r.steps for r in found):,.0f} "
+            f"| {statistics.mean(quality):.4f} ± {_deviation(quality):.4f} "
+            f"| {statistics.median(r.final_batch for r in found):.0f} |"
+        )
+    return "\n".join([*rows, "", _verdict(task, of, reference)])
+
+
+def _verdict(task: Task, of: dict[str, list[Result]], reference: list[Result]) -> str:
+    ours = {r.seed: r for r in of["goodput"]}
+    faster = statistics.median(r.to_target_s / ours[r.seed].to_target_s for r in reference)
+    medians = {v: statistics.median(r.to_target_s for r in found) for v, found in of.items() if v != "goodput"}
+    best = min(medians, key=lambda variant: medians[variant])
+    ratios = [ours[r.seed].to_target_s / r.to_target_s for r in of[best]]
+    against = statistics.median(ratios)
+    quality = statistics.mean(r.quality for r in ours.values()) - statistics.mean(r.quality for r in reference)
+    noise = 2 * math.hypot(_deviation([r.quality for r in reference]), _deviation([r.quality for r in ours.values()]))
+    noise /= math.sqrt(len(ours))
+    worse = -quality if task.larger_is_better else quality
+    return (
+        f"`goodput` is {faster:.2f} times as fast as the reference batch (wanted {SPEED_UP}: "
+        f"{'met' if faster >= SPEED_UP else 'missed'}) and takes {against:.2f} of the time of the fastest fixed batch, "
+        f"{best} (wanted {NEAR_BEST}: {'met' if against <= NEAR_BEST else 'missed'}); medians of {len(ours)} paired "
+        f"seeds. Final {task.metric} {quality:+.4f} against the reference batch, two standard errors {noise:.4f}: "
+        f"{'within noise' if worse <= noise else 'worse'}."
+    )
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _write(results: dict[str, list[Result]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{datetime.now(UTC).date()}-time-to-target.md"
+    path.write_text(page(results))
+    print(f"written to {path}", file=sys.stderr)
+
+
+def page(results: dict[str, list[Result]]) -> str:
+    """Return the result as a Markdown page."""
+    parts = []
+    for name, found in results.items():
+        task = TASKS[name]
+        seeds = len({r.seed for r in found})
+        arguments = " ".join(f"--arg {a}" for a in task.args)
+        parts.append(f"## {name}\n\n`{task.job} {arguments}`, {seeds} seeds.\n\n{table(task, found)}")
+    packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    cores = len(os.sched_getaffinity(0))
+    head = (
+        f"# Time to target\n\n{datetime.now(UTC).date()}. {platform.machine()}, {cores} cores, {platform.system()}, "
+        f"Python {platform.python_version()}, {packages}. Two gloo workers, fp32, ZeRO stage 1.\n\n"
+        "`python benchmarks/time_to_target.py`; what is measured, and how, is in the script's first lines. Times are "
+        "medians over the seeds, quality is mean and standard deviation."
+    )
+    return "\n\n".join([head, *parts]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Train jobs one after the other in this group of workers: the orchestrator's own loop, without a cluster around it.
+
+Started by torchrun, one process per worker; ``--runs`` is a JSON list of ``{"job", "args", "overrides"}``, trained in
+that order in one group, so that dozens of short runs need one start-up. Each run's folder is where its config says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from orchestrator.job import Job, load
+from orchestrator.launching.preflight import run_root
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.plan import make_plan
+from orchestrator.scheduling.policy import make_policy
+from orchestrator.storage.fence import DriverLock, Fence
+from orchestrator.storage.folder import RunFolder
+from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.data import open_dataset
+from orchestrator.training.engine import Engine
+from orchestrator.training.loop import Training, train
+from orchestrator.training.memory import MemoryGauge
+from orchestrator.training.recorder import Recorder
+from orchestrator.training.scheduler import Scheduler
+
+DEVICE = torch.device("cpu")
+
+
+def main() -> None:
+    """Train every run of ``--runs``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", required=True)
+    torch.set_num_threads(1)  # what Ray gives a worker with one CPU
+    dist.init_process_group("gloo")
+    for run in json.loads(Path(parser.parse_args().runs).read_text()):
+        job = load(run["job"], tuple(run["args"]), tuple(run["overrides"]))
+        outcome = train_here(job)
+        if dist.get_rank() == 0:
+            name, state = job.config.name, outcome.state
+            print(f"{name}: {state.step} steps, {state.train_time_s:.1f} s", file=sys.stderr, flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_here(job: Job) -> Any:
+    """Train ``job`` as its workers would, and return the outcome."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    if rank == 0 and job.prepare is not None:
+        job.prepare()
+    folder = RunFolder(run_root(job.config))
+    token: list[Any] = [None]
+    if rank == 0:
+        folder.create()
+        lock = DriverLock(folder.control)
+        token = [Fence.begin(folder.control, driver=lock.driver)]
+    dist.broadcast_object_list(token, src=0)
+    fence = Fence(folder.control, token[0])
+    datasets = job.task.datasets()
+    train_set = open_dataset(datasets.train)
+    evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+    plan = make_plan(
+        job.config,
+        ClusterShape(nodes=1, cpus=workers),
+        train_samples=len(train_set),
+        evaluation_samples=len(evaluation_set or ()),
+    )
+    policy = make_policy(job.config)
+    memory = MemoryGauge(DEVICE, psutil.virtual_memory().total // workers)
+    outcome = train(
+        Training(
+            config=job.config,
+            plan=plan,
+            task=job.task,
+            engine=Engine(job.task, job.config, plan, device=DEVICE),
+            train_set=train_set,
+            evaluation_set=evaluation_set,
+            checkpoints=Checkpoints(folder.checkpoints, fence, 1, {"workers": workers}),
+            recorder=Recorder(folder, fence, plan, rank=rank, attempt=1),
+            scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
+            rank=rank,
+            stop_requested=lambda: False,
+        )
+    )
+    fence.release()
+    if rank == 0:
+        lock.release()
+    gc.collect()
+    return outcome
+
+
+if __name__ == "__main__":
+    main()
