@@ -11,11 +11,13 @@ Every variant trains the same job with the same recipe over the whole of its len
 - a fixed batch: the reference batch (a), and factors of two of it (b).
 
 All variants of a seed run one after the other in one group of two gloo workers on this machine, in an order that is
-rotated from seed to seed; seeds follow one another, so what else the machine does meets every variant alike.
+rotated from seed to seed; seeds follow one another, so what else the machine does meets every variant alike. With
+`--folder` runs are kept, and those that are there and finished are not run again.
 
-Time to target is training time (evaluations and checkpoints excluded) to the end of the step before the first
-evaluation that reaches the target. A run that never does counts as infinitely long. Wanted: `goodput` at least 1.5
-times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s seeds.
+Time to target is training time (evaluations excluded) to the first evaluation from which on every later one holds the
+target: a curve that touches it by chance has not arrived. A run that never does counts as infinitely long. Wanted:
+`goodput` at least 1.5 times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s
+seeds.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +48,10 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 
 @dataclass(frozen=True)
 class Task:
-    """A job with its target and the fixed batches it is held against; the first is the reference."""
+    """A job with its target and the fixed batches it is held against; the first is the reference.
+
+    The target is what the reference batch reached at four fifths of its first seed's run.
+    """
 
     name: str
     job: str
@@ -65,7 +71,7 @@ TASKS = {
     "digits": Task(
         name="digits",
         job="jobs.vision:digits",
-        args=("batch=8", "epochs=20"),
+        args=("batch=8", "epochs=16"),
         metric="accuracy",
         target=0.99,
         larger_is_better=True,
@@ -75,12 +81,12 @@ TASKS = {
     "language": Task(
         name="language",
         job="jobs.language:gpt",
-        args=("batch=8",),
+        args=("batch=8", "context=32", "epochs=0.17"),
         metric="bits_per_byte",
         target=2.4,
         larger_is_better=False,
-        batches=(8, 16, 32, 64, 128),
-        every_epochs=0.02,
+        batches=(8, 16, 32, 64),
+        every_epochs=0.005,
     ),
 }
 
@@ -104,15 +110,13 @@ def main() -> int:
     options = _options()
     tasks = [TASKS[name] for name in options.tasks]
     results: dict[str, list[Result]] = {task.name: [] for task in tasks}
-    with tempfile.TemporaryDirectory(prefix="time-to-target-") as folder:
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
+    kept = None if options.folder is None else Path(options.folder).absolute()
+    with tempfile.TemporaryDirectory(prefix="time-to-target-") as temporary:
+        for seed in range(options.seeds):
             for task in tasks:
-                found = _seed(task, seed, Path(folder))
+                found = _seed(task, seed, kept or Path(temporary))
                 results[task.name] += found
                 print(_line(task, found), file=sys.stderr, flush=True)
-                if options.append:
-                    with Path(options.append).open("a") as file:
-                        file.writelines(json.dumps({"task": task.name, **vars(r)}) + "\n" for r in found)
     if options.json:
         print(json.dumps({name: [vars(r) for r in found] for name, found in results.items()}))
     else:
@@ -126,28 +130,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time to target of the goodput policy against fixed batches.")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--folder", help="keep the runs here, and go on with what is there")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
-    parser.add_argument("--append", metavar="FILE", help="append each run as a JSON line, so that seeds can be spread")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/DATE-time-to-target.md")
-    parser.add_argument("--from", dest="read", metavar="FILE", help="run nothing: report what --append wrote")
     options = parser.parse_args()
-    if options.read:
-        sys.exit(_report(Path(options.read), options.write))
     if options.seeds < 1:
         parser.error("--seeds starts at 1")
     return options
-
-
-def _report(path: Path, write: bool) -> int:
-    results: dict[str, list[Result]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        results.setdefault(record.pop("task"), []).append(Result(**record))
-    print("\n\n".join(table(TASKS[name], found) for name, found in results.items()))
-    if write:
-        _write(results)
-    return 0
 
 
 # -- the runs ----------------------------------------------------------------------------------
@@ -158,7 +147,23 @@ def _seed(task: Task, seed: int, folder: Path) -> list[Result]:
     turn = seed % len(variants)
     order = variants[turn:] + variants[:turn]
     runs = [_run(task, variant, seed, folder) for variant in order]
-    description = folder / f"{task.name}-{seed}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if missing := [run for run in runs if not _is_finished(folder / run["name"])]:
+        _train(missing, folder / f"{task.name}-{seed}.json")
+    return [_result(task, variant, seed, folder / run["name"]) for variant, run in zip(order, runs, strict=True)]
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run has reached its length; one that has not is removed."""
+    path = folder / "metrics.jsonl"
+    last = _lines(path)[-1:] if path.exists() else []
+    if last and last[0]["progress"] >= last[0]["length"]:
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _train(runs: list[dict[str, Any]], description: Path) -> None:
     description.write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
     command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
@@ -168,7 +173,6 @@ def _seed(task: Task, seed: int, folder: Path) -> list[Result]:
     )
     if done.returncode:
         sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
-    return [_result(task, variant, seed, folder / run["name"]) for variant, run in zip(order, runs, strict=True)]
 
 
 def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -191,12 +195,13 @@ def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
 def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
     metrics, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl")
     started = metrics[0]["time"] - metrics[0]["step_time_s"]
-    spent, to_target = 0.0, math.inf
-    for evaluation in evaluations:
-        if task.reached(evaluation["metrics"][task.metric]):
-            to_target = evaluation["time"] - evaluation["duration_s"] - started - spent
-            break
-        spent += evaluation["duration_s"]
+    reached = [task.reached(evaluation["metrics"][task.metric]) for evaluation in evaluations]
+    for_good = len(reached) - next((i for i, held in enumerate(reversed(reached)) if not held), len(reached))
+    to_target = math.inf
+    if for_good < len(evaluations):
+        first = evaluations[for_good]
+        spent = sum(evaluation["duration_s"] for evaluation in evaluations[: for_good + 1])
+        to_target = first["time"] - started - spent
     evaluating = sum(evaluation["duration_s"] for evaluation in evaluations[:-1])
     decisions = folder / "decisions.jsonl"
     return Result(
@@ -228,7 +233,7 @@ def table(task: Task, results: list[Result]) -> str:
     of = {v: [r for r in results if r.variant == v] for v in ("goodput", *(str(b) for b in task.batches))}
     reference = of[str(task.batches[0])]
     rows = [
-        f"| | to {task.metric} {task.target:g}, s | spread | whole run, s | steps | final {task.metric} | final batch |",
+        f"| | to {task.metric} {task.target:g}, s | spread | whole run, s | steps | final quality | final batch |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for variant, found in of.items():

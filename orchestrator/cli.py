@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="What to run, as module:function.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs.")]
 Args = Annotated[
     list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="A parameter of the job's function.")
 ]
@@ -102,6 +104,41 @@ def plan(
         print(json.dumps(made.to_dict(), indent=2))
     else:
         print("\n".join([*plan_lines(made), f"  {'folder':<8} {folder}"]))
+
+
+@app.command()
+def explain(run: RunArgument, as_json: Json = False) -> None:
+    """Tell why RUN changed its batch: what was seen, weighed, promised and measured; draws it into its report."""
+    from orchestrator.storage.folder import find_run, write_text
+    from orchestrator.telemetry.report import load_run, render
+    from orchestrator.telemetry.story import story_lines
+
+    folder = find_run(run)
+    data = load_run(folder.root)
+    if as_json:
+        print(json.dumps({"name": data.config.get("name"), "decisions": list(data.decisions)}))
+        return
+    write_text(folder.report, render(data))
+    print("\n".join([*story_lines(data), f"drawn in {folder.report}"]))
+
+
+@app.command()
+def replay(
+    run: RunArgument,
+    policy: Annotated[str, typer.Option(metavar="NAME", help="fixed, ramp or goodput.")] = "goodput",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Ask another policy about RUN, without training: its decisions, and how long the run would have taken."""
+    from orchestrator.launching.replaying import replay_run
+    from orchestrator.storage.folder import find_run
+    from orchestrator.telemetry.story import replay_lines
+
+    replayed, recorded_s = replay_run(find_run(run), policy, tuple(override or ()))
+    if as_json:
+        print(json.dumps({**asdict(replayed), "recorded_s": recorded_s}))
+    else:
+        print("\n".join(replay_lines(replayed, recorded_s)))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from orchestrator.job import Dataset, Datasets, Task
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
@@ -340,6 +341,22 @@ def measured_steps(
         stats.append(engine.step(columns, learning_rate=rate, measure_noise=wanted))
         cursor += layout.global_batch
     return stats
+
+
+def optimizer_after(config: RunConfig, task: Toy, scalings: Sequence[Scaling], steps: int = 0) -> dict[str, list[Any]]:
+    """Some steps, then each scaling in mid-run: settings of the groups, and this rank's second moments."""
+    engine = make_engine(config, task)
+    layout = Layout(dist.get_world_size(), 8, 1)
+    for step in range(steps):
+        step_at(engine, config, task, step * layout.global_batch, layout, 0.01)
+    for scaling in scalings:
+        engine.rescale(scaling, carry=True)
+    optimizer = engine._engine.optimizer
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    second = [state["exp_avg_sq"].clone() for state in optimizer.state.values() if "exp_avg_sq" in state]
+    return {"groups": groups, "second": second}
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:

@@ -1,107 +1,300 @@
-"""TEMPORARY stand-in so that other modules can be run until the real module lands here. Overwrite it."""
+"""How long a step takes, for every number of workers, micro batch and accumulation, from a handful of timings.
+
+1. A micro batch of m samples takes ``T_acc = alpha_c + beta_c m``: launches and small kernels, then arithmetic.
+2. Reducing over K workers takes ``T_net = alpha + beta 2 (K - 1) / K + lat log2 K``, with constants of its own inside a
+   node and across nodes: bandwidth and latency of a ring and a tree (Thakur, Rabenseifner & Gropp 2005). No reduction
+   for one worker.
+3. The last micro batch overlaps with it: ``T_step = (a - 1) T_acc + (T_acc^g + T_net^g)^(1/g)``, g from 1 (none) to 10
+   (all of it), as in Qiao et al. 2021 (arXiv:2008.12260, equations 8 to 11).
+4. Fit: least squares on the logarithms of T_acc and T_step, which makes twice too slow as bad as twice too fast.
+   T_acc counts twice: a step contains it a times. Parameters are positive (their logarithms are fitted) and drawn
+   weakly (``RIDGE``) to what a look at the data suggests, so that one timing is enough for a cautious answer. Four
+   starts.
+5. What the form misses near a timing (a kernel that changes at some size, a slow node) is added by interpolating the
+   residuals, with a Gaussian kernel that reaches a factor of 2 (``REACH``) in micro batch, workers and nodes. So a
+   timed configuration is answered with its timing, its neighbours lean on it, and the rest is the form. Nothing is
+   extrapolated from a single point across nodes: far from it the residual counts for nothing.
+6. During a run the median of the observed steps of a layout overrides all of this.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
+
+__all__ = ["StepTimeModel", "StepTimes", "StepTiming", "fit_step_time"]
+
+Array = NDArray[np.float64]
+
+ACCUMULATION_WEIGHT = 2.0
+RIDGE = 0.02
+REACH = float(np.log(2.0))
+"""Distance in log micro batch, log workers and log nodes over which a residual falls to 61 %."""
+RESIDUAL, TIMING_ERROR = 0.3, 0.02
+"""Standard deviations, relative: of the form's error, and of a timing."""
+LARGEST_OVERLAP = 10.0
+STARTS = ((0.0, 0.5), (-2.0, 0.5), (2.0, 0.1), (0.0, 0.9))
+"""Overlap (0 is halfway) and share of a micro batch's time that does not depend on its size."""
+KEPT_STEPS = 16
+WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
 class StepTiming:
+    """A timing of a step with one micro batch."""
+
     nodes: int
     workers: int
     micro_batch: float
+    """Samples per worker."""
     step_time_s: float
+    """The whole step."""
     accumulation_time_s: float
+    """Its part without synchronisation: forward and backward."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A layout's step as it was observed: seconds, and what overrides the model."""
+
+    nodes: int
+    workers: int
+    micro_batch: int
+    accumulation: int
+    step_time_s: float
 
 
 @dataclass(frozen=True)
 class StepTimeModel:
-    alpha: float
-    beta: float
-    network: float
-    observed: tuple = ()
+    """A fitted model; a value that can be written down."""
 
-    def step_time_s(self, *, nodes: int, workers: int, micro_batch: Any, accumulation: Any) -> Any:
-        acc = self.alpha + self.beta * micro_batch
-        for o in self.observed:
-            if o[:4] == (nodes, workers, micro_batch, accumulation):
-                return o[4]
-        return acc * accumulation + (self.network if workers > 1 else 0.0)
+    parameters: tuple[float, ...]
+    """Logarithms of alpha_c, beta_c, and alpha, beta, lat inside and across nodes; then the logit of the overlap."""
+    centres: tuple[tuple[float, float, float], ...] = ()
+    """Log micro batch, log workers, log nodes of each timing, in units of ``REACH``."""
+    accumulation_weights: tuple[float, ...] = ()
+    step_weights: tuple[float, ...] = ()
+    observed: tuple[Observed, ...] = ()
+
+    def step_time_s(self, *, nodes: int, workers: int, micro_batch: ArrayLike, accumulation: ArrayLike) -> Any:
+        """Seconds per step; a float for numbers, an array [n] for arrays [n] of micro batches and accumulations."""
+        sizes, counts = np.broadcast_arrays(np.asarray(micro_batch, float), np.asarray(accumulation, float))
+        accumulated, step = _form(np.array(self.parameters), nodes, workers, sizes)
+        near = self._nearness(nodes, workers, sizes)
+        accumulated = accumulated * np.exp(near @ np.array(self.accumulation_weights))
+        step = step * np.exp(near @ np.array(self.step_weights))
+        seconds = (counts - 1.0) * accumulated + step
+        for seen in self.observed:
+            if (seen.nodes, seen.workers) == (nodes, workers):
+                here = (sizes == seen.micro_batch) & (counts == seen.accumulation)
+                seconds = np.where(here, seen.step_time_s, seconds)
+        return float(seconds) if seconds.ndim == 0 else seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> StepTimeModel:
+        """The inverse of ``to_dict``, also after a way through JSON."""
+        return cls(
+            parameters=tuple(saved["parameters"]),
+            centres=tuple((c[0], c[1], c[2]) for c in saved["centres"]),
+            accumulation_weights=tuple(saved["accumulation_weights"]),
+            step_weights=tuple(saved["step_weights"]),
+            observed=tuple(Observed(**seen) for seen in saved["observed"]),
+        )
+
+    def _nearness(self, nodes: int, workers: int, sizes: Array) -> Array:
+        """Kernel between each size [...] and each timing: [..., timings]."""
+        centres = np.array(self.centres).reshape(-1, 3)
+        fixed = np.log([workers, nodes]) / REACH
+        squares = (np.log(sizes)[..., None] / REACH - centres[:, 0]) ** 2 + ((centres[:, 1:] - fixed) ** 2).sum(axis=1)
+        return np.asarray(np.exp(-0.5 * squares))
 
 
 def fit_step_time(timings: Iterable[StepTiming]) -> StepTimeModel:
-    t = list(timings)
-    m = np.array([x.micro_batch for x in t], float)
-    a = np.array([x.accumulation_time_s for x in t])
-    s = np.array([x.step_time_s for x in t])
-    if len(set(m)) > 1:
-        beta, alpha = np.polyfit(m, a, 1)
-        beta, alpha = max(beta, 1e-9), max(alpha, 1e-9)
-    else:
-        alpha, beta = 0.5 * a[0], 0.5 * a[0] / m[0]
-    return StepTimeModel(float(alpha), float(beta), float(max(np.mean(s - a), 0)))
+    """Fit the model to at least one timing; the same timings give the same model.
+
+    Raises:
+        ValueError: there is no timing, or one that is not above 0 or whose part is longer than the whole.
+    """
+    found = list(timings)
+    if not found:
+        raise ValueError("a step-time model needs at least one timing")
+    for timing in found:
+        if not 0.0 < timing.accumulation_time_s <= timing.step_time_s < np.inf or timing.micro_batch <= 0:
+            raise ValueError(f"not a timing: {timing}")
+    columns = np.array([[t.nodes, t.workers, t.micro_batch, t.accumulation_time_s, t.step_time_s] for t in found]).T
+    fits = [_fit_from(columns, *start) for start in STARTS]
+    parameters = min(fits, key=lambda fit: float(fit.cost)).x
+    nodes, workers, sizes, accumulated, step = columns
+    form = _form(parameters, nodes, workers, sizes)
+    centres = np.log(np.array([sizes, workers, nodes])).T / REACH
+    squares = ((centres[:, None] - centres[None]) ** 2).sum(axis=-1)
+    kernel = np.exp(-0.5 * squares) + (TIMING_ERROR / RESIDUAL) ** 2 * np.eye(len(found))
+    weights = [np.linalg.solve(kernel, np.log(t / f)) for t, f in zip((accumulated, step), form, strict=True)]
+    return StepTimeModel(
+        parameters=tuple(map(float, parameters)),
+        centres=tuple((float(c[0]), float(c[1]), float(c[2])) for c in centres),
+        accumulation_weights=tuple(map(float, weights[0])),
+        step_weights=tuple(map(float, weights[1])),
+    )
+
+
+def _fit_from(columns: Array, overlap: float, constant: float) -> Any:
+    """Least squares from one start; ``constant`` is the share of T_acc that does not depend on the micro batch."""
+    nodes, workers, sizes, accumulated, step = columns
+    network = np.maximum(step - accumulated, 1e-3 * step)
+    typical = float(np.median(network[workers > 1])) if (workers > 1).any() else 0.1 * float(np.median(accumulated))
+    guesses = [
+        constant * accumulated.min(),
+        float(np.median(accumulated / sizes)) * (1.0 - constant / 2.0),
+        *(typical / part for part in (3.0, 3.0, 9.0)),
+        *(typical / part for part in (3.0, 3.0, 9.0)),
+    ]
+    prior = np.append(np.log(guesses), overlap)
+
+    def residuals(parameters: Array) -> Array:
+        of_accumulation, of_step = _form(parameters, nodes, workers, sizes)
+        misses = [ACCUMULATION_WEIGHT * np.log(of_accumulation / accumulated), np.log(of_step / step)]
+        return np.concatenate([*misses, RIDGE * (parameters - prior)])
+
+    return least_squares(residuals, prior, max_nfev=200)
+
+
+def _form(parameters: Array, nodes: ArrayLike, workers: ArrayLike, sizes: Array) -> tuple[Array, Array]:
+    """T_acc and T_step with one micro batch, of items 1 to 3 above."""
+    positive = np.exp(parameters[:8])
+    accumulated = positive[0] + positive[1] * sizes
+    count = np.asarray(workers, float)
+    terms = np.array([np.ones_like(count), 2.0 * (count - 1.0) / count, np.log2(count)])
+    inside, across = (np.tensordot(positive[i : i + 3], terms, axes=1) for i in (2, 5))
+    network = np.where(count <= 1, 0.0, np.where(np.asarray(nodes) <= 1, inside, across))
+    power = 1.0 + (LARGEST_OVERLAP - 1.0) / (1.0 + np.exp(-parameters[8]))
+    # Divided by the larger first: powers of small times would underflow.
+    largest = np.maximum(accumulated, network)
+    step = largest * ((accumulated / largest) ** power + (network / largest) ** power) ** (1.0 / power)
+    return accumulated, np.asarray(step)
+
+
+# -- during a run ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayoutTimes:
+    """The latest steps of one layout, in s."""
+
+    nodes: int
+    workers: int
+    micro_batch: int
+    accumulation: int
+    steps: int = 0
+    """All that were observed, the warm-up included."""
+    step_times_s: tuple[float, ...] = ()
+    micro_batch_times_s: tuple[float, ...] = ()
+
+    def after(self, step_time_s: float | None, micro_batch_time_s: float | None) -> LayoutTimes:
+        """With one more step, or with its micro batches' time alone; the first steps of a layout are warm-up."""
+        counted = self.steps + (step_time_s is not None)
+        if counted <= WARM_UP_STEPS:
+            return replace(self, steps=counted)
+        steps, parts = self.step_times_s, self.micro_batch_times_s
+        if step_time_s is not None:
+            steps = (*steps, step_time_s)[-KEPT_STEPS:]
+        if micro_batch_time_s is not None:
+            parts = (*parts, micro_batch_time_s)[-KEPT_STEPS:]
+        return replace(self, steps=counted, step_times_s=steps, micro_batch_times_s=parts)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What the time of a micro batch depends on."""
+        return self.nodes, self.workers, self.micro_batch
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    seen: tuple = ()  # ((nodes, workers, m, a), count, steps, accs)
+    """What a run has observed of its own steps. Medians, so that a hiccup or a checkpoint does not count."""
 
-    def observe(self, *, nodes, workers, micro_batch, accumulation, step_time_s, accumulation_time_s) -> StepTimes:
+    layouts: tuple[LayoutTimes, ...] = ()
+
+    def observe(
+        self,
+        *,
+        nodes: int,
+        workers: int,
+        micro_batch: int,
+        accumulation: int,
+        step_time_s: float | None,
+        accumulation_time_s: float | None,
+    ) -> StepTimes:
+        """With one more step: its time, and the mean of its micro batches without synchronisation; None: not known."""
         key = (nodes, workers, micro_batch, accumulation)
-        rest = tuple(x for x in self.seen if x[0] != key)
-        old = next((x for x in self.seen if x[0] == key), (key, 0, (), ()))
-        steps = (*old[2], step_time_s)[-16:] if old[1] >= 2 else ()
-        accs = (*old[3], accumulation_time_s)[-16:] if old[1] >= 2 and accumulation_time_s else old[3]
-        return StepTimes((*rest, (key, old[1] + 1, steps, accs)))
+        known = self._of(key) or LayoutTimes(*key)
+        others = tuple(layout for layout in self.layouts if (*layout.place, layout.accumulation) != key)
+        return StepTimes((*others, known.after(step_time_s, accumulation_time_s)))
 
-    def count(self, *, nodes, workers, micro_batch, accumulation) -> int:
-        return next(
-            (
-                len(x[2]) if x[1] < 18 else x[1] - 2
-                for x in self.seen
-                if x[0] == (nodes, workers, micro_batch, accumulation)
-            ),
-            0,
-        )
+    def count(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> int:
+        """Steps of this layout that were timed, the warm-up not counted."""
+        known = self._of((nodes, workers, micro_batch, accumulation))
+        return 0 if known is None else max(0, known.steps - WARM_UP_STEPS)
 
-    def micro_batches(self, *, nodes, workers) -> set[int]:
-        return {x[0][2] for x in self.seen if x[0][:2] == (nodes, workers) and x[2]}
+    def micro_batches(self, *, nodes: int, workers: int) -> set[int]:
+        """Micro batches that were timed on these workers."""
+        return {t.micro_batch for t in self.layouts if (t.nodes, t.workers) == (nodes, workers) and t.step_times_s}
 
-    def observed_step_time_s(self, *, nodes, workers, micro_batch, accumulation) -> float | None:
-        return next(
-            (
-                statistics.median(x[2])
-                for x in self.seen
-                if x[0] == (nodes, workers, micro_batch, accumulation) and x[2]
-            ),
-            None,
-        )
+    def observed_step_time_s(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> float | None:
+        """Median time of this layout's step; None where it was not timed."""
+        known = self._of((nodes, workers, micro_batch, accumulation))
+        return statistics.median(known.step_times_s) if known is not None and known.step_times_s else None
 
     def timings(self) -> tuple[StepTiming, ...]:
-        out = []
-        for (n, w, m, a), _, steps, accs in self.seen:
-            if steps:
-                s = statistics.median(steps)
-                acc = statistics.median(accs) if accs else s / a * 0.9
-                out.append(StepTiming(n, w, m, max(s - (a - 1) * acc, 1e-6), acc))
-        return tuple(out)
+        """One timing for each micro batch, from all accumulations it was run with."""
+        places: dict[tuple[int, int, int], list[LayoutTimes]] = {}
+        for layout in self.layouts:
+            if layout.step_times_s:
+                places.setdefault(layout.place, []).append(layout)
+        return tuple(_timing(place, layouts) for place, layouts in sorted(places.items()))
 
     def model(self) -> StepTimeModel | None:
-        t = self.timings()
-        if not t:
+        """The model fitted to all of it, which answers what was observed with what was observed; None before that."""
+        timings = self.timings()
+        if not timings:
             return None
-        fit = fit_step_time(t)
-        obs = tuple((*x[0], statistics.median(x[2])) for x in self.seen if x[2])
-        return StepTimeModel(fit.alpha, fit.beta, fit.network, obs)
+        observed = tuple(
+            Observed(*t.place, t.accumulation, statistics.median(t.step_times_s))
+            for t in self.layouts
+            if t.step_times_s
+        )
+        return replace(fit_step_time(timings), observed=observed)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"seen": [list(x) for x in self.seen]}
+        """JSON-ready."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> StepTimes:
-        return cls(tuple((tuple(k), c, tuple(s), tuple(a)) for k, c, s, a in saved["seen"]))
+        """The inverse of ``to_dict``, also after a way through JSON."""
+        lists = ("step_times_s", "micro_batch_times_s")
+        return cls(
+            tuple(LayoutTimes(**{**one, **{name: tuple(one[name]) for name in lists}}) for one in saved["layouts"])
+        )
+
+    def _of(self, key: tuple[int, int, int, int]) -> LayoutTimes | None:
+        return next((t for t in self.layouts if (*t.place, t.accumulation) == key), None)
+
+
+def _timing(place: tuple[int, int, int], layouts: list[LayoutTimes]) -> StepTiming:
+    medians = [(statistics.median(t.step_times_s), t.accumulation) for t in layouts]
+    # A micro batch takes no longer than its share of a step; where it was never told apart, that is all that is known.
+    longest = min(step / accumulation for step, accumulation in medians)
+    parts = [time for t in layouts for time in t.micro_batch_times_s]
+    accumulated = min(statistics.median(parts), longest) if parts else longest
+    step = statistics.median(step - (accumulation - 1) * accumulated for step, accumulation in medians)
+    return StepTiming(*place, step_time_s=max(step, accumulated), accumulation_time_s=accumulated)

@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from orchestrator.config import Goodput
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.step_time import StepTimeModel
+from orchestrator.scheduling.goodput import rate, rated
 from orchestrator.scheduling.noise_scale import statistical_efficiency
-from orchestrator.scheduling.observation import Alternative, Decision, Observation
+from orchestrator.scheduling.observation import Alternative, Decision, Kind, Observation
 from orchestrator.scheduling.reach import Reach
 
 __all__ = ["GoodputPolicy"]
@@ -41,12 +42,13 @@ LOOK_STEPS = 40
 """Steps that must be left for a look to pay."""
 GUARD_STEPS = 10
 GUARD_REACH = 1.25
-"""The guard looks until progress has grown by this factor: further on a trend foretells nothing."""
+"""The guard looks until progress has grown by this factor, and twice its steps: then a trend foretells nothing."""
 NOTABLE = 0.02
 """A loss is worse only if it is so by this share of itself too. Assumption."""
 SWITCH_STEPS = 3
 """What a change costs, in steps of the new layout: allocation, warm-up. Assumption, generous."""
 LARGEST_GROWTH = 2
+MOST_DOUBLINGS = 8
 EXPLAINED = 6
 """Alternatives that a decision names."""
 
@@ -68,9 +70,10 @@ class GoodputPolicy:
         change = seen.change
         if change is None or change.kind == "revert" or change.deviation.steps < GUARD_STEPS:
             return None
-        if change.before.global_batch == seen.layout.global_batch or seen.progress > GUARD_REACH * change.progress:
-            return None
         deviation = change.deviation
+        over = seen.progress > GUARD_REACH * change.progress and deviation.steps > 2 * GUARD_STEPS
+        if over or change.before.global_batch == seen.layout.global_batch:
+            return None
         loss = deviation.trend.wy / deviation.trend.weight
         if deviation.sigmas < self.settings.guard_sigma or deviation.mean < NOTABLE * abs(loss):
             return None
@@ -132,8 +135,13 @@ class GoodputPolicy:
         )
 
     def _is_due(self, seen: Observation) -> bool:
-        """Every interval at first, then ever more seldom: what was not worth it does not soon become so."""
-        intervals, rest = divmod(seen.steps_since_change, self.settings.min_interval_steps)
+        """Every interval at first, then ever more seldom: what was not worth it does not soon become so.
+
+        Each change that was taken back doubles the interval: where measurements contradict one another, more of them
+        are needed, and a run never swings for ever.
+        """
+        interval = self.settings.min_interval_steps << min(seen.reversals, MOST_DOUBLINGS)
+        intervals, rest = divmod(seen.steps_since_change, interval)
         if rest or not intervals:
             return False
         spacing = min(1 << max(intervals.bit_length() - 3, 0), 32)
@@ -144,14 +152,14 @@ class GoodputPolicy:
         assert seen.change is not None
         known = seen.noise_scale
         doubted = math.inf if known is None else seen.ambition * known.low
-        rated = _all_rated(seen, model, doubted, [seen.layout, seen.change.before])
-        best, other = rated
-        now = rated[0] if best.layout == seen.layout else rated[1]
+        found = rated(model, doubted, seen.reference_batch, seen.nodes, [seen.layout, seen.change.before])
+        best, other = found
+        now = best if best.layout == seen.layout else other
         reason = (
             f"{best.layout}: {1e3 * best.step_time_s:.3g} ms a step and {best.goodput:,.0f} reference samples/s, "
             f"against {1e3 * other.step_time_s:.3g} ms and {other.goodput:,.0f} with {other.layout}"
         )
-        return Decision("settle", best.layout, reason, now, best, tuple(rated))
+        return Decision("settle", best.layout, reason, now, best, tuple(found))
 
     def bounds(self, seen: Observation) -> tuple[int, int]:
         """Smallest and largest global batch: the user's, or from the reference batch on to 64 times as much."""
@@ -170,21 +178,22 @@ class GoodputPolicy:
         self, seen: Observation, model: StepTimeModel, noise_scale: float, low: int, high: int
     ) -> Decision | None:
         """The best layout in ``low``..``high`` if it is worth the change, on this noise scale."""
-        layouts = self.reach.layouts(seen, low, high)
+        # How to lay out the same batch was settled by trying; differences of a few percent are noise there.
+        batch = seen.layout.global_batch
+        layouts = [layout for layout in self.reach.layouts(seen, low, high) if layout.global_batch != batch]
         if not layouts:
             return None
-        rated = _all_rated(seen, model, noise_scale, layouts)
-        best, now = rated[0], _rated(seen, model, noise_scale, seen.layout)
+        found = rated(model, noise_scale, seen.reference_batch, seen.nodes, layouts)
+        best, now = found[0], rate(model, noise_scale, seen.reference_batch, seen.nodes, seen.layout)
         forced = seen.layout.global_batch < self.bounds(seen)[0]
-        if best.layout == seen.layout or not (forced or self._is_worth_it(seen, now, best)):
+        if not (forced or self._is_worth_it(seen, now, best)):
             return None
-        grows = best.layout.global_batch - seen.layout.global_batch
-        kind = "grow" if grows > 0 else "shrink" if grows < 0 else "settle"
+        kind: Kind = "grow" if best.layout.global_batch > batch else "shrink"
         reason = (
             f"goodput {now.goodput:,.0f} -> {best.goodput:,.0f} reference samples/s "
             f"({best.goodput / now.goodput - 1:+.0%}) at noise scale {seen.noise_scale}"
         )
-        return Decision(kind, best.layout, reason, now, best, tuple(rated[:EXPLAINED]))  # type: ignore[arg-type]
+        return Decision(kind, best.layout, reason, now, best, tuple(found[:EXPLAINED]))
 
     def _is_worth_it(self, seen: Observation, now: Alternative, best: Alternative) -> bool:
         if best.goodput < (1.0 + self.settings.min_gain) * now.goodput:
@@ -216,15 +225,3 @@ def _halved(layout: Layout, reach: Reach) -> Layout | None:
     if reach.pinned_micro_batch or reach.pinned_accumulation or layout.micro_batch % 2:
         return None
     return replace(layout, micro_batch=layout.micro_batch // 2, accumulation=2 * layout.accumulation)
-
-
-def _all_rated(seen: Observation, model: StepTimeModel, noise_scale: float, layouts: list[Layout]) -> list[Alternative]:
-    """Layouts as predicted, best first; of equals the larger micro batch, then the smaller accumulation."""
-    rated = [_rated(seen, model, noise_scale, layout) for layout in layouts]
-    return sorted(rated, key=lambda one: (-one.goodput, -one.layout.micro_batch, one.layout.accumulation))
-
-
-def _rated(seen: Observation, model: StepTimeModel, noise_scale: float, layout: Layout) -> Alternative:
-    step_time_s = float(model.step_time_s(nodes=seen.nodes, **asdict(layout)))
-    efficiency = float(statistical_efficiency(noise_scale, seen.reference_batch, layout.global_batch))
-    return Alternative(layout, step_time_s, efficiency, layout.global_batch / step_time_s * efficiency)

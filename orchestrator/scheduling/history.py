@@ -54,13 +54,18 @@ class History:
     trend: LossTrend = field(default_factory=LossTrend)
     change: Change | None = None
     ambition: float = 1.0
+    reversals: int = 0
+    """Changes that took an earlier one back, wholly or in part: a sign that what is measured is less certain than it
+    looks."""
     noise_interval: int | None = None
     """Steps between two measurements; None until the first has shown its cost."""
     noise_cost_s: float = 0.0
 
     def after(self, facts: StepFacts, policy: BatchPolicy) -> History:
         """The history with one more step."""
-        known = self._measured(facts, policy) if facts.noise_cost_s > 0.0 else self._timed(facts)
+        known = self._timed(facts)
+        if facts.noise_cost_s > 0.0:
+            known = known._measured(facts, policy)  # noqa: SLF001 - of the same class
         if not facts.finite:
             return known
         batch = facts.layout.global_batch
@@ -79,9 +84,14 @@ class History:
         """The history once ``before`` has been left for ``after``, or found to be the right place to stay."""
         if before == after and self.change is not None:
             return replace(self, change=replace(self.change, kind=kind))
-        change = Change(kind, step, progress, before, Deviation(self.trend))
-        ambition = self.ambition / 2.0 if kind == "revert" else self.ambition
-        return replace(self, change=change, ambition=ambition)
+        explored = self.change is not None and self.change.kind == "explore"
+        reversed_ = kind in ("shrink", "revert") or (kind == "settle" and not explored)
+        return replace(
+            self,
+            change=Change(kind, step, progress, before, Deviation(self.trend)),
+            ambition=self.ambition / 2.0 if kind == "revert" else self.ambition,
+            reversals=self.reversals + reversed_,
+        )
 
     def measures(self, step: int, policy: BatchPolicy) -> bool:
         """Whether optimizer step ``step`` (from 1 on) measures the gradient noise."""
@@ -100,11 +110,18 @@ class History:
         return replace(self, window=window, noise_scale=window.estimate(), noise_cost_s=cost, noise_interval=interval)
 
     def _timed(self, facts: StepFacts) -> History:
+        """A measured step is longer than others and counts only for what it alone can tell apart: its backward pass."""
+        layout, measured = facts.layout, facts.noise_cost_s > 0.0
+        part = facts.micro_batch_time_s
+        if measured and (part is None or layout.accumulation > 1 or layout.workers == 1):
+            return self
+        if measured and part is not None:
+            part = max(part - facts.noise_cost_s, 0.0) or None
         times = self.times.observe(
             nodes=facts.nodes,
-            **asdict(facts.layout),
-            step_time_s=facts.step_time_s,
-            accumulation_time_s=facts.micro_batch_time_s,
+            **asdict(layout),
+            step_time_s=None if measured else facts.step_time_s,
+            accumulation_time_s=part,
         )
         return replace(self, times=times)
 
@@ -116,6 +133,7 @@ class History:
             "trend": self.trend.to_dict(),
             "change": None if self.change is None else self.change.to_dict(),
             "ambition": self.ambition,
+            "reversals": self.reversals,
             "noise_interval": self.noise_interval,
             "noise_cost_s": self.noise_cost_s,
         }
@@ -131,6 +149,7 @@ class History:
             trend=LossTrend.from_dict(saved["trend"]),
             change=None if saved["change"] is None else Change.from_dict(saved["change"]),
             ambition=saved["ambition"],
+            reversals=saved["reversals"],
             noise_interval=saved["noise_interval"],
             noise_cost_s=saved["noise_cost_s"],
         )

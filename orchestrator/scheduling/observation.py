@@ -97,6 +97,8 @@ class Observation:
     """The last change; None before the first."""
     ambition: float = 1.0
     """Factor on the noise scale that decisions are made on; halved each time a change is taken back."""
+    reversals: int = 0
+    """How often a change was taken back so far."""
     micro_batch_limit: int | None = None
     """Largest micro batch that memory allows; None where it is not known to be limited."""
 

@@ -27,29 +27,21 @@ class Reach:
         return cls(micro_batch, None if config.accumulation == "auto" else config.accumulation)
 
     def micro_batches(self, seen: Observation) -> list[int]:
-        """Micro batches worth considering: the worker's reference share and the one in use, times 2^i and 3 2^i.
+        """Micro batches worth considering: a worker's share of the reference batch and of the batch in use, times 2^i.
 
-        Hardware likes few distinct, even sizes, and goodput is flat between them: half steps of a factor 2 cost less
-        than 2 % of it anywhere.
+        Goodput is flat between factors of two near its top, and hardware likes few distinct, even sizes.
         """
         if self.pinned_micro_batch is not None:
             return [self.pinned_micro_batch]
         limit = self._limit(seen)
         found = {seen.layout.micro_batch}
-        for share in {max(1, seen.reference_batch // seen.layout.workers), seen.layout.worker_batch}:
-            for factor in (1, 3):
-                size = share * factor
-                while size % 2 == 0 and size > limit:
-                    size //= 2
-                down = size
-                while down <= limit:
-                    found.add(down)
-                    if down % 2:
-                        break
-                    down //= 2
-                while size <= limit:
-                    found.add(size)
-                    size *= 2
+        for share in (max(1, seen.reference_batch // seen.layout.workers), seen.layout.worker_batch):
+            size = share
+            while size % 2 == 0:
+                size //= 2
+            while size <= limit:
+                found.add(size)
+                size *= 2
         return sorted(size for size in found if size <= limit)
 
     def layouts(self, seen: Observation, low: int, high: int) -> list[Layout]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RunFolderError, explain_oserror
+from orchestrator.config import CheckpointConfig
+from orchestrator.errors import ConfigError, RunFolderError, did_you_mean, explain_oserror
 
-__all__ = ["RunFolder", "read_json", "write_json", "write_text"]
+__all__ = ["RunFolder", "find_run", "read_json", "write_json", "write_text"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,21 @@ class RunFolder:
                 f"cannot write the run's folder: {explain_oserror(self.root, error)}; "
                 "choose another with --set checkpoint.uri=FOLDER"
             ) from None
+
+
+def find_run(name: str) -> RunFolder:
+    """The folder of a run that exists, given by path or by its name below the default place.
+
+    Raises:
+        ConfigError: there is no run there; the message names those that are.
+    """
+    default = Path(CheckpointConfig().uri)
+    for root in (Path(name), default / name):
+        if (root / "config.json").is_file():
+            return RunFolder(root.absolute())
+    known = sorted(path.parent.name for path in default.glob("*/config.json"))
+    hint = did_you_mean(name, known) if known else f"there are no runs in {default.absolute()}: give the run's folder"
+    raise ConfigError(f"no run at {name!r}; {hint}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.telemetry import human
+from orchestrator.telemetry.story import layout_change
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,14 +127,8 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
 
 def decision_line(record: Mapping[str, Any]) -> str:
     """One line for a decision: what changes at which step, and why; a measurement of what came of one is left out."""
-    before, after = (_layout(record[key]) for key in ("before", "layout"))
-    change = f"{before} -> {after}" if before != after else f"stays at {after}"
-    return f"step {human.count(record['step'])}: {record['kind']}: batch {change}: {human.printable(record['reason'])}"
-
-
-def _layout(layout: Mapping[str, Any]) -> str:
-    batch = layout["workers"] * layout["micro_batch"] * layout["accumulation"]
-    return f"{human.count(batch)} ({layout['workers']}x{layout['micro_batch']}x{layout['accumulation']})"
+    change, reason = layout_change(record), human.printable(record["reason"])
+    return f"step {human.count(record['step'])}: {record['kind']}: batch {change}: {reason}"
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from orchestrator.errors import RunFolderError, explain_oserror
 from orchestrator.telemetry import human, records
 from orchestrator.telemetry.charts import Chart, Curve, Marker, Point, draw, smooth
 from orchestrator.telemetry.page import page
+from orchestrator.telemetry.story import decisions_told
 
 __all__ = ["RunData", "load_run", "render"]
 
@@ -36,6 +38,8 @@ class RunData:
     """``metrics.jsonl``: one record per optimizer step."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     """``evaluations.jsonl``: one record per evaluation."""
+    decisions: Sequence[Mapping[str, Any]] = ()
+    """``decisions.jsonl``: what the policy decided, why, and what came of it."""
     attempts: Sequence[Mapping[str, Any]] = ()
     """``attempts.jsonl``: when and why workers started and ended."""
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +53,7 @@ def load_run(folder: Path) -> RunData:
         plan=_load_json(folder / "plan.json"),
         metrics=records.read(folder / "metrics.jsonl"),
         evaluations=records.read(folder / "evaluations.jsonl"),
+        decisions=records.read(folder / "decisions.jsonl"),
         attempts=records.read(folder / "attempts.jsonl"),
         summary=_load_json(folder / "summary.json"),
     )
@@ -62,6 +67,7 @@ def render(run: RunData) -> str:
         _header(run, name),
         f'<section aria-label="Curves"><h2>Curves</h2>{charts}</section>',
         _plan_section(run.plan),
+        _decisions_section(run),
         _attempts_section(run),
         _details_section(run),
     ]
@@ -245,7 +251,41 @@ def _chart_list(run: RunData) -> list[Chart]:
         Chart("Global batch", [Curve("batch", _points(run.metrics, "global_batch"), "steps")], "samples", zero=True),
         Chart("Learning rate", [Curve("learning rate", _points(run.metrics, "learning_rate"))], zero=True),
     ]
-    return [*charts, Chart("Gradient norm", _smoothed("smoothed", norm), log=True)] if norm else charts
+    if norm:
+        charts.append(Chart("Gradient norm", _smoothed("smoothed", norm), log=True))
+    return [*charts, *_scheduling_charts(run)]
+
+
+def _scheduling_charts(run: RunData) -> list[Chart]:
+    """The noise scale with its bounds, and the goodput with what decisions promised of it."""
+    noise = _points(run.metrics, "noise_scale_low")
+    charts = []
+    if noise:
+        bounds = [Curve("low", noise, "raw"), Curve("high", _points(run.metrics, "noise_scale_high"), "raw", colour=1)]
+        estimate = Curve("estimate", _points(run.metrics, "noise_scale"))
+        charts.append(Chart("Noise scale", [*(b for b in bounds if b.points), estimate], "samples", log=True))
+    promised = [
+        (r["progress"], r["then"]["goodput"], r["step"])
+        for r in run.decisions
+        if r.get("event") == "decided" and r.get("then")
+    ]
+    if promised:
+        measured = _smoothed("measured", _goodput(run.metrics))
+        charts.append(
+            Chart(
+                "Goodput", [*measured, Curve("promised", promised, "dots", colour=1)], "reference samples/s", zero=True
+            )
+        )
+    return charts
+
+
+def _goodput(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Reference samples per second of each step."""
+    return [
+        (now["progress"], (now["progress"] - before["progress"]) / now["step_time_s"], now["step"])
+        for before, now in pairwise(metrics)
+        if now["step_time_s"] > 0 and now["progress"] > before["progress"]
+    ]
 
 
 def _smoothed(name: str, points: list[Point]) -> list[Curve]:
@@ -294,6 +334,14 @@ def _plan_section(plan: Mapping[str, Any]) -> str:
         shown = _tree(value) if _is_nested(value) else escape(_value(key, value))
         rows.append(f"<div{' class=whole' if whole else ''}><dt>{escape(_words(key))}</dt><dd>{shown}</dd></div>")
     return f'<section><h2>Plan</h2><dl class="facts">{"".join(rows)}</dl></section>'
+
+
+def _decisions_section(run: RunData) -> str:
+    told = [[*told] for told in decisions_told(run.decisions)]
+    if not told:
+        return ""
+    head = ["Step", "Decision", "Batch", "Why", "Promised", "Measured"]
+    return f"<section><h2>Decisions</h2>{_table(head, told)}</section>"
 
 
 def _attempts_section(run: RunData) -> str:

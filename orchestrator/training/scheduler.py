@@ -87,6 +87,7 @@ def observe(state: TrainState, plan: Plan, config: RunConfig, micro_batch_limit:
         trend=history.trend,
         change=history.change,
         ambition=history.ambition,
+        reversals=history.reversals,
         micro_batch_limit=micro_batch_limit,
     )
 

@@ -1,0 +1,215 @@
+"""What the policies decide, on runs whose truth is made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.config import SGD, Fixed, Goodput, LayoutConfig, Ramp, Recipe, RunConfig, Stop
+from orchestrator.planning.layout import Layout
+from orchestrator.scheduling.adaptive import GoodputPolicy
+from orchestrator.scheduling.fixed import FixedPolicy
+from orchestrator.scheduling.policy import make_policy, measures_noise
+from orchestrator.scheduling.ramp import RampPolicy
+from orchestrator.scheduling.reach import Reach
+from simulated import Simulation
+
+
+def goodput(reach: Reach | None = None, **settings_: object) -> GoodputPolicy:
+    return GoodputPolicy(Goodput(**settings_), reach or Reach())  # type: ignore[arg-type]
+
+
+# -- goodput -----------------------------------------------------------------------------------
+
+
+def test_the_batch_grows_while_steps_cost_little_more_and_stops_near_the_optimum() -> None:
+    run = Simulation(goodput()).run(2500)
+    batches = run.batches
+    assert batches[0] == 16
+    # goodput = B (Bn + B0) / ((Bn + B) T(B)) with T = 20 ms + 50 us B is largest at B = sqrt(Bn T0 / t) = 632
+    assert 256 <= batches[-1] <= 1024
+    assert all(new <= 2 * old for old, new in pairwise(batches))
+
+
+def test_it_reaches_the_end_sooner_than_the_reference_batch() -> None:
+    fixed = Simulation(FixedPolicy(), length=1e5)
+    ours = Simulation(goodput(), length=1e5)
+    for run in (fixed, ours):
+        while run.progress < 1e5:
+            run.run(1)
+    assert ours.time_s < fixed.time_s / 3
+
+
+def test_a_gradient_without_noise_or_steps_without_fixed_cost_leave_the_batch_alone() -> None:
+    quiet = Simulation(goodput(), noise_scale=lambda _: 2.0).run(1500)
+    assert set(quiet.batches) == {16}
+    costly = Simulation(goodput(), noise_scale=lambda _: 64.0, step_time=lambda layout: 1e-3 * layout.worker_batch)
+    assert costly.run(1500).batches[-1] == 16
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stationary_run_is_left_alone_once_the_estimate_has_converged(seed: int) -> None:
+    """At most one change that stays; a look at a larger batch and the way back, at most once each, is none."""
+    run = Simulation(goodput(), seed=seed).run(4000)
+    late = [decision for step, decision in run.decisions if step > 1500]
+    assert len([decision for decision in late if decision.kind not in ("explore", "settle")]) <= 1
+    assert len(late) <= 3
+    assert len(set(run.batches[-500:])) == 1
+
+
+def test_the_noise_grows_and_the_batch_follows() -> None:
+    run = Simulation(goodput(), noise_scale=lambda progress: 30.0 + progress / 100.0).run(4000)
+    assert run.batches[400] < run.batches[-1]
+    assert run.batches[-1] >= 128
+
+
+def test_bounds_and_memory_hold() -> None:
+    assert max(Simulation(goodput(max_batch=96)).run(1500).batches) <= 96
+    assert max(Simulation(goodput(), train_samples=1000).run(1500).batches) <= 250
+    limited = Simulation(goodput(), limit=16).run(1500)
+    assert max(layout.micro_batch for layout in limited.layouts) <= 16
+    assert max(limited.batches) > 16
+
+
+def test_what_the_user_pins_stays() -> None:
+    pinned = Simulation(goodput(Reach(pinned_micro_batch=8))).run(1500)
+    assert {layout.micro_batch for layout in pinned.layouts} == {8}
+    accumulated = Simulation(goodput(Reach(pinned_accumulation=1))).run(1500)
+    assert {layout.accumulation for layout in accumulated.layouts} == {1}
+    assert accumulated.batches[-1] > 16
+
+
+def test_a_smaller_batch_is_taken_where_it_is_allowed_and_better() -> None:
+    def slow(layout: Layout) -> float:
+        return 1e-3 * layout.worker_batch
+
+    run = Simulation(
+        goodput(min_batch=4), noise_scale=lambda _: 4.0, step_time=slow, layout=Layout(2, 32, 1), reference=64
+    )
+    assert run.run(3000).batches[-1] <= 16
+    kept = Simulation(goodput(), noise_scale=lambda _: 4.0, step_time=slow, layout=Layout(2, 32, 1), reference=64)
+    assert set(kept.run(1000).batches) == {64}
+
+
+def test_exploring_keeps_the_global_batch_and_ends_with_the_faster_layout() -> None:
+    def by_halves(layout: Layout) -> float:
+        return 0.03 if layout.micro_batch == 8 else 0.02
+
+    run = Simulation(goodput(), step_time=by_halves, noise_scale=lambda _: 1.0).run(200)
+    kinds = [decision.kind for _, decision in run.decisions]
+    assert kinds == ["explore", "settle"]
+    assert set(run.batches) == {16}
+    assert run.layout == Layout(2, 4, 2)
+    assert [d.kind for _, d in Simulation(goodput(explore=False), noise_scale=lambda _: 1.0).run(300).decisions] == []
+
+
+def test_a_change_that_hurts_the_loss_is_taken_back_and_ambition_halved() -> None:
+    def hurt(progress: float, layout: Layout) -> float:
+        return 0.5 + 4.0 * progress**-0.3 + (0.6 if layout.global_batch > 32 else 0.0)
+
+    run = Simulation(goodput(), loss=hurt).run(600)
+    reverts = [decision for _, decision in run.decisions if decision.kind == "revert"]
+    assert reverts
+    assert reverts[0].layout.global_batch == 32
+    assert "above its trend" in reverts[0].reason
+    assert run.history.ambition < 1.0
+
+
+def test_decisions_keep_their_distance_and_say_why() -> None:
+    run = Simulation(goodput(min_interval_steps=50)).run(2000)
+    grown = [step for step, decision in run.decisions if decision.kind == "grow"]
+    assert all(later - earlier >= 50 for earlier, later in pairwise(grown))
+    for _, decision in run.decisions:
+        assert decision.reason
+        if decision.kind == "grow":
+            assert decision.now is not None
+            assert decision.then is not None
+            assert decision.then.goodput >= 1.05 * decision.now.goodput
+            assert decision.alternatives[0] == decision.then
+
+
+def test_nothing_is_changed_for_the_last_few_steps() -> None:
+    run = Simulation(goodput(), length=16.0 * 60).run(60)
+    assert all(decision.layout.global_batch == 16 for _, decision in run.decisions)
+
+
+def test_the_same_steps_give_the_same_decisions_also_after_a_restart() -> None:
+    whole = Simulation(goodput()).run(600)
+    first = Simulation(goodput()).run(300)
+    saved = dataclasses.replace(first, history=type(first.history).from_dict(first.history.to_dict()))
+    assert saved.history == first.history
+    assert saved.policy.decide(saved.observe()) == first.policy.decide(first.observe())
+    assert [d for d in whole.decisions if d[0] <= 300] == first.decisions
+
+
+def test_seesaw_grows_the_batch_as_the_schedule_falls_and_only_to_the_noise_scale() -> None:
+    def flat(layout: Layout) -> float:
+        return 1e-3 * layout.worker_batch  # goodput alone would leave the batch
+
+    length = 16.0 * 4000
+    run = Simulation(goodput(seesaw=True), step_time=flat, noise_scale=lambda _: 100.0, length=length).run(3000)
+    assert 32 <= run.batches[-1] <= 110
+    without = Simulation(goodput(), step_time=flat, noise_scale=lambda _: 100.0, length=length).run(3000)
+    assert without.batches[-1] == 16
+
+
+# -- ramp and fixed ----------------------------------------------------------------------------
+
+
+def test_a_ramp_follows_what_is_written_down() -> None:
+    policy = RampPolicy(Ramp(at=(0.0, 0.25, 0.5), batches=(16, 32, 100)), Reach())
+    run = Simulation(policy, Ramp(batches=(16, 32, 100)), length=16.0 * 1000)
+    while run.progress < run.length:
+        run.run(1)
+    assert list(dict.fromkeys(run.batches)) == [16, 32, 100]
+    assert [decision.kind for _, decision in run.decisions] == ["ramp", "ramp"]
+
+
+def test_a_ramp_rounds_to_what_the_workers_can_take_and_says_so() -> None:
+    policy = RampPolicy(Ramp(at=(0.0,), batches=(33,)), Reach())
+    decision = policy.decide(Simulation(policy, layout=Layout(4, 4, 1)).observe())
+    assert decision is not None
+    assert decision.layout == Layout(4, 8, 1)
+    assert "asked for 33" in decision.reason
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 16), st.none() | st.integers(1, 64), st.none() | st.integers(1, 8))
+def test_the_nearest_layout_factors_and_stays_within_memory(batch, workers, limit, accumulation) -> None:
+    seen = Simulation(FixedPolicy(), layout=Layout(workers, 8, 1), limit=limit).observe()
+    layout = Reach(pinned_accumulation=accumulation).nearest(batch, seen)
+    assert layout.workers == workers
+    assert layout.micro_batch >= 1
+    assert limit is None or layout.micro_batch <= limit
+    assert accumulation is None or layout.accumulation == accumulation
+    if accumulation is None and limit is None and batch >= workers * 8:
+        assert layout.global_batch == pytest.approx(batch, rel=0.2)
+
+
+def test_a_fixed_batch_never_changes() -> None:
+    assert Simulation(FixedPolicy(), Fixed()).run(300).decisions == []
+
+
+def config(**fields: object) -> RunConfig:
+    recipe = Recipe(batch=16, optimizer=SGD(learning_rate=0.1), stop=Stop(epochs=4))
+    return RunConfig(name="a", recipe=recipe, **fields)  # type: ignore[arg-type]
+
+
+def test_each_policy_of_the_config_has_its_value() -> None:
+    assert make_policy(config(policy=Fixed())) == FixedPolicy()
+    ramp = Ramp(at=(0.5,), batches=(32,))
+    assert make_policy(config(policy=ramp)) == RampPolicy(ramp, Reach())
+    pinned = config(layout=LayoutConfig(micro_batch=4))
+    assert make_policy(pinned) == GoodputPolicy(Goodput(), Reach(pinned_micro_batch=4))
+
+
+def test_only_a_run_that_stays_at_its_recipes_batch_needs_no_noise() -> None:
+    assert not measures_noise(config(policy=Fixed()), 16)
+    assert measures_noise(config(policy=Fixed()), 32)
+    assert measures_noise(config(), 16)
+    assert math.isfinite(Simulation(FixedPolicy(), Fixed()).run(10).progress)
