@@ -310,8 +310,6 @@ class BatchPolicy(Part):
     """Measure the gradient noise every so many steps at first; then as often as noise_cost allows."""
     noise_cost: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Share of the time of a step that measuring the gradient noise may take on average."""
-    per_tensor: bool = False
-    """Weigh each tensor's noise by what Adam divides its steps by; an all-reduce per tensor when measured."""
 
 
 class Fixed(BatchPolicy):

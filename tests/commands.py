@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
+FIXED = ("--set", "policy.name=fixed")
 TIMEOUT_S = 240
 
 

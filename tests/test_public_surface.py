@@ -48,7 +48,9 @@ def test_the_version_is_a_release_number() -> None:
 
 OPTIONS = {
     "doctor": ["--address", "--folder", "--json", "job"],
+    "explain": ["--json", "run"],
     "plan": ["--address", "--arg", "--json", "--set", "job"],
+    "replay": ["--json", "--policy", "--set", "run"],
     "run": [
         "--address",
         "--arg",

@@ -196,20 +196,18 @@ class LayoutTimes:
     micro_batch: int
     accumulation: int
     steps: int = 0
-    """All that were observed, the warm-up included."""
+    """All that were timed; the latest are kept."""
     step_times_s: tuple[float, ...] = ()
     micro_batch_times_s: tuple[float, ...] = ()
 
     def after(self, step_time_s: float | None, micro_batch_time_s: float | None) -> LayoutTimes:
-        """With one more step, or with its micro batches' time alone; the first steps of a layout are warm-up."""
-        counted = self.steps + (step_time_s is not None)
-        if counted <= WARM_UP_STEPS:
-            return replace(self, steps=counted)
+        """With one more step, or with its micro batches' time alone."""
         steps, parts = self.step_times_s, self.micro_batch_times_s
         if step_time_s is not None:
             steps = (*steps, step_time_s)[-KEPT_STEPS:]
         if micro_batch_time_s is not None:
             parts = (*parts, micro_batch_time_s)[-KEPT_STEPS:]
+        counted = self.steps + (step_time_s is not None)
         return replace(self, steps=counted, step_times_s=steps, micro_batch_times_s=parts)
 
     @property
@@ -223,6 +221,10 @@ class StepTimes:
     """What a run has observed of its own steps. Medians, so that a hiccup or a checkpoint does not count."""
 
     layouts: tuple[LayoutTimes, ...] = ()
+    current: tuple[int, int, int, int] | None = None
+    """The layout of the last step."""
+    steps_in_a_row: int = 0
+    """Steps of it in a row: the first ones, also after a return to it, are warm-up."""
 
     def observe(
         self,
@@ -236,14 +238,17 @@ class StepTimes:
     ) -> StepTimes:
         """With one more step: its time, and the mean of its micro batches without synchronisation; None: not known."""
         key = (nodes, workers, micro_batch, accumulation)
+        in_a_row = self.steps_in_a_row + 1 if key == self.current else 1
+        if in_a_row <= WARM_UP_STEPS:
+            return StepTimes(self.layouts, key, in_a_row)
         known = self._of(key) or LayoutTimes(*key)
         others = tuple(layout for layout in self.layouts if (*layout.place, layout.accumulation) != key)
-        return StepTimes((*others, known.after(step_time_s, accumulation_time_s)))
+        return StepTimes((*others, known.after(step_time_s, accumulation_time_s)), key, in_a_row)
 
     def count(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> int:
         """Steps of this layout that were timed, the warm-up not counted."""
         known = self._of((nodes, workers, micro_batch, accumulation))
-        return 0 if known is None else max(0, known.steps - WARM_UP_STEPS)
+        return 0 if known is None else known.steps
 
     def micro_batches(self, *, nodes: int, workers: int) -> set[int]:
         """Micro batches that were timed on these workers."""
@@ -282,9 +287,9 @@ class StepTimes:
     def from_dict(cls, saved: dict[str, Any]) -> StepTimes:
         """The inverse of ``to_dict``, also after a way through JSON."""
         lists = ("step_times_s", "micro_batch_times_s")
-        return cls(
-            tuple(LayoutTimes(**{**one, **{name: tuple(one[name]) for name in lists}}) for one in saved["layouts"])
-        )
+        layouts = (LayoutTimes(**{**one, **{name: tuple(one[name]) for name in lists}}) for one in saved["layouts"])
+        current = saved["current"]
+        return cls(tuple(layouts), None if current is None else tuple(current), saved["steps_in_a_row"])
 
     def _of(self, key: tuple[int, int, int, int]) -> LayoutTimes | None:
         return next((t for t in self.layouts if (*t.place, t.accumulation) == key), None)

@@ -49,6 +49,8 @@ SWITCH_STEPS = 3
 """What a change costs, in steps of the new layout: allocation, warm-up. Assumption, generous."""
 LARGEST_GROWTH = 2
 MOST_DOUBLINGS = 8
+ACCUMULATION_MARGIN = 0.1
+"""More goodput that more micro batches must promise to be preferred to larger ones. Assumption."""
 EXPLAINED = 6
 """Alternatives that a decision names."""
 
@@ -184,7 +186,7 @@ class GoodputPolicy:
         if not layouts:
             return None
         found = rated(model, noise_scale, seen.reference_batch, seen.nodes, layouts)
-        best, now = found[0], rate(model, noise_scale, seen.reference_batch, seen.nodes, seen.layout)
+        best, now = _preferred(found), rate(model, noise_scale, seen.reference_batch, seen.nodes, seen.layout)
         forced = seen.layout.global_batch < self.bounds(seen)[0]
         if not (forced or self._is_worth_it(seen, now, best)):
             return None
@@ -203,6 +205,17 @@ class GoodputPolicy:
         remaining = max(seen.length - seen.progress, 0.0)
         saved_s = remaining / now.goodput - remaining / best.goodput
         return saved_s > SWITCH_STEPS * best.step_time_s
+
+
+def _preferred(found: list[Alternative]) -> Alternative:
+    """The best, but of those with the fewest micro batches where more of them promise little.
+
+    A larger micro batch is the surer way to a larger batch: that many small ones take as long as predicted depends on
+    a time that is seldom measured alone. Accumulation wins where memory ends, or where the network dominates.
+    """
+    fewest = min(one.layout.accumulation for one in found)
+    plain = next(one for one in found if one.layout.accumulation == fewest)
+    return found[0] if found[0].goodput > (1.0 + ACCUMULATION_MARGIN) * plain.goodput else plain
 
 
 def _steps_left(seen: Observation) -> float:

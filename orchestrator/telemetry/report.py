@@ -38,12 +38,12 @@ class RunData:
     """``metrics.jsonl``: one record per optimizer step."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     """``evaluations.jsonl``: one record per evaluation."""
-    decisions: Sequence[Mapping[str, Any]] = ()
-    """``decisions.jsonl``: what the policy decided, why, and what came of it."""
     attempts: Sequence[Mapping[str, Any]] = ()
     """``attempts.jsonl``: when and why workers started and ended."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """``summary.json``: how the run ended; empty while it goes."""
+    decisions: Sequence[Mapping[str, Any]] = ()
+    """``decisions.jsonl``: what the policy decided, why, and what came of it."""
 
 
 def load_run(folder: Path) -> RunData:

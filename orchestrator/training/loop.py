@@ -66,7 +66,6 @@ def train(run: Training) -> Outcome:
         micro_batches = [
             run.train_set.take(positions) for positions in stream.micro_batches(state.samples, state.layout, run.rank)
         ]
-        scaling = run.scheduler.scale(run.engine, state, scaling)
         decision = run.scheduler.decide(state)
         stats = run.engine.step(
             micro_batches,
@@ -80,6 +79,8 @@ def train(run: Training) -> Outcome:
         run.recorder.step(state, stats)
         _refuse_nonfinite(run, state, stats)
         state = _act(run, before, state, decision, said)
+        # Before anything is saved: moments and settings of a checkpoint belong to its state.
+        scaling = run.scheduler.scale(run.engine, state, scaling)
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
         if save_due and stats.finite:

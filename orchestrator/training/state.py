@@ -86,7 +86,7 @@ class TrainState:
         known = self.history.known_noise_scale
         if known is None:
             return min(batch, LARGEST_UNMEASURED * reference)
-        return reference * gain(known, reference, batch)
+        return float(reference * gain(known, reference, batch))
 
     def after(self, stats: StepStats, plan: Plan, config: RunConfig) -> TrainState:
         """The state after one step. A discarded one has consumed its samples and counts as progress too."""

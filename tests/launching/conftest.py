@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import TIMEOUT_S, Ended, environment
+from commands import FIXED, TIMEOUT_S, Ended, environment
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start ``orchestrator run JOB ... --json`` in a folder of the test's own; whatever is left is killed."""
+    """Start ``orchestrator run JOB ... --json`` in a folder of the test's own; whatever is left is killed.
+
+    At a fixed batch, unless an option names the policy: what is compared bit for bit must not depend on step times.
+    """
     started: list[subprocess.Popen[str]] = []
 
     def start(job: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
-        words = [sys.executable, "-m", "orchestrator", "run", job, "--json", *options]
+        policy = () if any("policy." in option for option in options) else FIXED
+        words = [sys.executable, "-m", "orchestrator", "run", job, "--json", *options, *policy]
         process = subprocess.Popen(
             words,
             cwd=tmp_path,

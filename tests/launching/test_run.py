@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import FIXED, REPOSITORY, TIMEOUT_S, Ended, environment
 
 pytestmark = pytest.mark.ray
 
@@ -30,9 +30,9 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """The main job, left alone, as `make run` starts it."""
+    """The main job at a fixed batch, left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json"]
+    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
     done = subprocess.run(
         words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -80,6 +80,31 @@ def test_main_job_reaches_its_accuracy(undisturbed: Ended) -> None:
     assert "http://" not in report.replace("http://www.w3.org", "")
 
 
+def test_main_job_chooses_its_batch_and_explains_itself(run: Run, tmp_path: Path) -> None:
+    """As `make run` starts it, but from a smaller reference batch, so that there is something to gain."""
+    done = run(DIGITS, "--arg", "batch=16", "--set", "policy.name=goodput")
+    assert done.code == 0, done.err
+    summary, folder = done.summary, tmp_path / "runs" / "digits"
+    assert summary["metrics"]["accuracy"] >= 0.97
+    assert summary["progress"] >= 12 * 1437
+    steps = records(folder)
+    assert max(step["global_batch"] for step in steps) > 16
+    decided = [d for d in records(folder, "decisions.jsonl") if d["event"] == "decided"]
+    assert decided
+    assert f"step {decided[0]['step']}: {decided[0]['kind']}: batch 16" in done.err
+    words = [sys.executable, "-m", "orchestrator", "explain", "digits"]
+    told = subprocess.run(words, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("because") == len(decided)
+    report = (folder / "report.html").read_text()
+    assert "Noise scale" in report
+    assert "Decisions" in report
+    words = [sys.executable, "-m", "orchestrator", "replay", "digits", "--policy", "fixed", "--json"]
+    asked = subprocess.run(words, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["steps"] == pytest.approx(12 * 1437 / 16, rel=0.02)
+
+
 def test_output_is_the_run_and_not_rays_noise(undisturbed: Ended) -> None:
     assert undisturbed.out.count("\n") == 1, "one JSON object and nothing else"
     for wanted in ("plan for digits", "64 = 2 workers x 32 micro batch", "samples/s", "evaluation at step", "left"):
@@ -97,7 +122,7 @@ def test_evaluation_counts_the_held_out_fifth_once(undisturbed: Ended) -> None:
 
 def test_finished_run_says_so_at_once(undisturbed: Ended) -> None:
     folder = Path(undisturbed.summary["folder"]).parents[1]
-    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json"]
+    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
     again = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert "finished already" in again.stderr

@@ -156,6 +156,9 @@ def test_the_first_steps_of_a_layout_are_warm_up_and_hiccups_do_not_count() -> N
     times = watch(StepTimes(), (8, 1), [9.0, 9.0, 0.02, 0.03, 0.02, 5.0, 0.02])
     assert times.observed_step_time_s(**at((8, 1))) == 0.02
     assert times.count(**at((8, 1))) == 5
+    back = watch(watch(times, (4, 1), [0.01]), (8, 1), [9.0, 9.0, 0.02])
+    assert back.observed_step_time_s(**at((8, 1))) == 0.02
+    assert back.count(**at((8, 1))) == 6
     assert times.micro_batches(nodes=1, workers=2) == {8}
 
 

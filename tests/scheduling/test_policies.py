@@ -45,6 +45,7 @@ def test_it_reaches_the_end_sooner_than_the_reference_batch() -> None:
     assert ours.time_s < fixed.time_s / 3
 
 
+@pytest.mark.slow
 def test_a_gradient_without_noise_or_steps_without_fixed_cost_leave_the_batch_alone() -> None:
     quiet = Simulation(goodput(), noise_scale=lambda _: 2.0).run(1500)
     assert set(quiet.batches) == {16}
@@ -52,6 +53,7 @@ def test_a_gradient_without_noise_or_steps_without_fixed_cost_leave_the_batch_al
     assert costly.run(1500).batches[-1] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_a_stationary_run_is_left_alone_once_the_estimate_has_converged(seed: int) -> None:
     """At most one change that stays; a look at a larger batch and the way back, at most once each, is none."""
@@ -62,12 +64,14 @@ def test_a_stationary_run_is_left_alone_once_the_estimate_has_converged(seed: in
     assert len(set(run.batches[-500:])) == 1
 
 
+@pytest.mark.slow
 def test_the_noise_grows_and_the_batch_follows() -> None:
     run = Simulation(goodput(), noise_scale=lambda progress: 30.0 + progress / 100.0).run(4000)
     assert run.batches[400] < run.batches[-1]
     assert run.batches[-1] >= 128
 
 
+@pytest.mark.slow
 def test_bounds_and_memory_hold() -> None:
     assert max(Simulation(goodput(max_batch=96)).run(1500).batches) <= 96
     assert max(Simulation(goodput(), train_samples=1000).run(1500).batches) <= 250
@@ -147,6 +151,7 @@ def test_the_same_steps_give_the_same_decisions_also_after_a_restart() -> None:
     assert [d for d in whole.decisions if d[0] <= 300] == first.decisions
 
 
+@pytest.mark.slow
 def test_seesaw_grows_the_batch_as_the_schedule_falls_and_only_to_the_noise_scale() -> None:
     def flat(layout: Layout) -> float:
         return 1e-3 * layout.worker_batch  # goodput alone would leave the batch

@@ -177,7 +177,7 @@ def test_a_long_run_is_thinned_and_quick(fake_run: Maker) -> None:
 
 
 def test_load_run_of_an_empty_folder(tmp_path: Path) -> None:
-    assert load_run(tmp_path) == RunData({}, {}, [], [], [], {})
+    assert load_run(tmp_path) == RunData({}, {}, [], [], [], {}, [])
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])

@@ -1,0 +1,435 @@
+"""Text: a small GPT that reads and predicts bytes, on the Python standard library's own source or on your files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from orchestrator.config import (
+    AdamW,
+    Cosine,
+    EvaluationConfig,
+    LayoutConfig,
+    Penalties,
+    Recipe,
+    RunConfig,
+    ScaleConfig,
+    Stop,
+)
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.job import Datasets, Job, Parquet
+
+__all__ = ["GPT", "Attention", "Block", "Shape", "SwiGLU", "TextTask", "gpt", "rotate", "rotations", "write_text"]
+
+VOCABULARY = 256
+"""Every byte is a token: nothing to train or to store beside the text."""
+DOCUMENT = b"\0"
+"""Stands before each file, so that a model sees where one begins; text holds no zero byte."""
+EVALUATED = 512
+"""Rows of the held-out files that are evaluated: 3 % of the time of a run, and known to 0.05 bits per byte."""
+HELD_OUT = 20
+"""One byte in so many is held out."""
+PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "urllib", "xml")
+"""Read beside the modules at the top of the standard library."""
+MAX_BYTES = 2_500_000
+"""Of the standard library, so that the run is equally long for every version of Python."""
+
+
+# -- the run -----------------------------------------------------------------------------------
+
+
+def gpt(
+    data: str = "data/text",
+    text: str = "",
+    workers: int = 2,
+    epochs: float = 1.0,
+    batch: int = 8,
+    context: int = 64,
+    width: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+) -> Job:
+    """Return the job.
+
+    Args:
+        data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there.
+        text: Your own text, a file or a folder; without it, the standard library's source.
+        workers: Data-parallel workers.
+        epochs: Passes over the training text.
+        batch: Reference batch in rows of ``context`` bytes; the learning rate belongs to 8.
+        context: Bytes that the model sees at once.
+        width: Features of each byte between the blocks.
+        layers: Blocks.
+        heads: Attention heads; they divide ``width`` into even parts.
+        kv_heads: Heads of keys and values; they divide ``heads``.
+
+    Raises:
+        ConfigError: the sizes do not go together.
+    """
+    folder = str(Path(data).absolute())  # workers may run in another folder
+    source = str(Path(text).absolute()) if text else ""
+    if context < 1:
+        raise ConfigError(f"context={context}: give at least 1 byte, as in context=64")
+    config = RunConfig(
+        name="gpt",
+        recipe=Recipe(
+            batch=batch,
+            # A small batch averages the squared gradient over more steps (Marek et al. 2025, arXiv:2507.07101).
+            optimizer=AdamW(learning_rate=4e-3, beta2=0.99),
+            schedule=Cosine(warmup=0.05),
+            penalties=Penalties(weight_decay=0.1),
+            clip_norm=1.0,
+            stop=Stop(epochs=epochs),
+        ),
+        layout=LayoutConfig(zero_stage=1),
+        scale=ScaleConfig(workers=workers),
+        evaluation=EvaluationConfig(every_epochs=epochs / 20),
+    )
+    task = TextTask(folder, Shape(width, layers, heads, kv_heads))
+    return Job(config, task, prepare=functools.partial(write_text, folder, source, context=context))
+
+
+# -- the task ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Size of a model.
+
+    Raises:
+        ConfigError: the sizes do not go together.
+    """
+
+    width: int = 64
+    """Features of each byte between the blocks."""
+    layers: int = 4
+    """Blocks."""
+    heads: int = 4
+    """Heads of queries."""
+    kv_heads: int = 2
+    """Heads of keys and values, each shared by ``heads / kv_heads`` heads of queries."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name}={getattr(self, field.name)}: give at least 1")
+        if self.width % (2 * self.heads):
+            step = 2 * self.heads
+            near = max(step, round(self.width / step) * step)
+            raise ConfigError(
+                f"width={self.width} with heads={self.heads}: rotary positions turn pairs of features, "
+                f"so the width of a head is even; use a width of {near}, a multiple of {step}"
+            )
+        if self.heads % self.kv_heads:
+            divisors = [str(n) for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ConfigError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}: use {' or '.join(divisors)}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of the feed-forward part: 8/3 of the width, rounded up to a multiple of 16.
+
+        Three matrices then weigh as much as the usual two of 4 x width (Shazeer 2020, arXiv:2002.05202, section 3).
+        """
+        return 16 * math.ceil(8 * self.width / 3 / 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Predict each next byte: ``text`` [samples, context + 1] of bytes, each row a piece of text."""
+
+    data: str
+    """Absolute path of the folder that ``write_text`` wrote."""
+    shape: Shape = Shape()
+    """Size of the model."""
+
+    def datasets(self) -> Datasets:
+        """Return the two Parquet files."""
+        folder = Path(self.data)
+        return Datasets(train=Parquet(str(folder / "train.parquet")), evaluation=Parquet(str(folder / "test.parquet")))
+
+    def model(self) -> nn.Module:
+        """Return a new GPT."""
+        return GPT(self.shape)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy in nats per byte, averaged over the micro batch."""
+        logits, following = _predicted(model, batch["text"])
+        return F.cross_entropy(logits.flatten(0, 1), following.flatten())
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return cross-entropy in nats and in bits per byte, and the share of bytes guessed right, of each row."""
+        logits, following = _predicted(model, batch["text"])
+        nats = F.cross_entropy(logits.transpose(1, 2), following, reduction="none").mean(dim=1)
+        accuracy = (logits.argmax(dim=2) == following).float().mean(dim=1)
+        return {"loss": nats, "bits_per_byte": nats / math.log(2), "accuracy": accuracy}
+
+
+def _predicted(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits [samples, context, 256] and the bytes they are about [samples, context]."""
+    rows = rows.long()
+    # Losses are taken in fp32, whatever the model computes in.
+    return cast("Tensor", model(rows[:, :-1])).float(), rows[:, 1:]
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, a last norm, and a linear head of its own.
+
+    The head is not tied to the embedding: with 256 tokens that saves a few percent of the parameters at most, and
+    the two want different sizes, the embedding 1, since the blocks add to it, and the head small, so that a
+    new model guesses. It also leaves every parameter with one owner, which ZeRO stage 3, pruning and export like.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head_width = shape.head_width
+        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = norm(shape.width)
+        self.head = linear(shape.width, VOCABULARY, 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits [samples, length, 256] of the byte after each of ``tokens`` [samples, length]."""
+        x = self.embedding(tokens)
+        turns = rotations(tokens.shape[1], self.head_width, tokens.device)
+        for block in self.blocks:
+            x = block(x, turns)
+        return cast("Tensor", self.head(self.norm(x)))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward part; each reads a normed copy and adds to what it read.
+
+    Pre-norm after Xiong et al. 2020 (arXiv:2002.04745). What adds to the residual stream starts smaller the more of
+    them there are, so that the sum has the size of one (Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        share = 1 / math.sqrt(2 * shape.layers)
+        self.attention_norm = norm(shape.width)
+        self.attention = Attention(shape, share)
+        self.feed_forward_norm = norm(shape.width)
+        self.feed_forward = SwiGLU(shape.width, shape.hidden, share)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Return [samples, length, width], like ``x``; ``turns`` as from ``rotations``."""
+        x = x + self.attention(self.attention_norm(x), turns)
+        return x + cast("Tensor", self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, several heads of queries to one of keys and values.
+
+    Grouped queries after Ainslie et al. 2023 (arXiv:2305.13245); as many ``kv_heads`` as ``heads`` is the usual
+    multi-head attention, and one is multi-query attention.
+    """
+
+    def __init__(self, shape: Shape, share: float = 1.0) -> None:
+        super().__init__()
+        self.head_width = shape.head_width
+        self.query = linear(shape.width, shape.heads * shape.head_width)
+        self.key = linear(shape.width, shape.kv_heads * shape.head_width)
+        self.value = linear(shape.width, shape.kv_heads * shape.head_width)
+        self.output = linear(shape.width, shape.width, share / math.sqrt(shape.width))
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Return [samples, length, width], like ``x``; no position depends on a later one."""
+        query, key, value = (self._heads(part(x)) for part in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, turns), rotate(key, turns), value, is_causal=True, enable_gqa=True
+        )
+        return cast("Tensor", self.output(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[samples, length, heads * head_width] -> [samples, heads, length, head_width]."""
+        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, share: float = 1.0) -> None:
+        super().__init__()
+        self.gate = linear(width, hidden)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width, share / math.sqrt(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., width], like ``x``."""
+        return cast("Tensor", self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def rotations(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
+    """Return cosine and sine of each position's angles: [2, length, head_width / 2] in fp32.
+
+    Pair ``i`` turns by ``10000 ** (-2i / head_width)`` per position (Su et al. 2021, arXiv:2104.09864, section 3.2.2).
+    They are computed at each pass and not kept as buffers, which a cast of the model to 16 bits would round.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Return ``x`` [..., length, head_width] turned by its position; feature ``i`` pairs with ``i + head_width / 2``.
+
+    The product of a turned query and a turned key depends on their distance alone.
+    """
+    cosine, sine = turns.unbind()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def norm(width: int) -> nn.RMSNorm:
+    """Return a norm that divides by the root of the mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    return nn.RMSNorm(width, eps=1e-5)
+
+
+def linear(inputs: int, outputs: int, deviation: float | None = None) -> nn.Linear:
+    """Return a linear layer without bias; it keeps the size of what it reads, unless a deviation is given."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
+    return layer
+
+
+# -- the data ----------------------------------------------------------------------------------
+
+
+def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
+    """Write ``train.parquet`` and ``test.parquet``, rows of ``context + 1`` bytes, unless both are there.
+
+    Args:
+        folder: Where to; made if it is not there.
+        text: A file, or a folder whose text files are read with those of its subfolders; empty reads the source of
+            the standard library. Files of the same content count once, and hidden and binary ones do not count.
+        context: Bytes of a row but the first, which the row before it ends with: each byte is predicted once.
+
+    A file belongs to one of the two whole, for copies of a sentence stand in one file more often than in two; only
+    text that is a single file is cut. Each Parquet file appears whole or not at all, and changes to the text after
+    that are not looked for.
+
+    Raises:
+        DataError: no text, too little of it, or ``folder`` holds another text or context.
+        OSError: the folder cannot be written.
+    """
+    made_of = {"text": text or "the standard library", "context": str(context)}
+    files = [Path(folder) / name for name in ("train.parquet", "test.parquet")]
+    if _are_written(files, made_of):
+        return
+    train, held_out = (_rows(documents, context) for documents in _split(_documents(text)))
+    if not len(train) or not len(held_out):
+        raise DataError(
+            f"text={text or 'the standard library'} is too short for one row of {context} bytes to train on and one "
+            "held out: give more text, or a smaller context"
+        )
+    spread = np.linspace(0, len(held_out) - 1, num=min(EVALUATED, len(held_out))).astype(int)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for rows, path in zip((train, held_out[spread]), files, strict=True):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), context + 1)
+        _write(pa.table({"text": column}).replace_schema_metadata(made_of), path)
+
+
+def _are_written(files: Sequence[Path], made_of: Mapping[str, str]) -> bool:
+    if not all(path.exists() for path in files):
+        return False
+    for path in files:
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+        except pa.ArrowException:
+            raise DataError(f"{path}: cannot be read as Parquet; delete it, and it is written again") from None
+        found = {name: metadata.get(name.encode(), b"nothing known").decode() for name in made_of}
+        if found != made_of:
+            held, wanted = (", ".join(f"{n}={v}" for n, v in values.items()) for values in (found, made_of))
+            raise DataError(f"{path} holds {held}, not {wanted}: give another folder, data=FOLDER, or delete this one")
+    return True
+
+
+def _documents(text: str) -> list[bytes]:
+    """Return the contents of the files, each once, in an order that says nothing of their names."""
+    paths = _own_files(Path(text)) if text else _library_files()
+    # The order of hashes is the same everywhere, and a file added or gone moves no other.
+    documents = {hashlib.sha256(content).digest(): content for content in map(Path.read_bytes, paths)}
+    ordered = [content for _, content in sorted(documents.items()) if content.strip() and DOCUMENT not in content]
+    if not ordered:
+        where = text or sysconfig.get_path("stdlib")
+        raise DataError(f"{where}: holds no text; give text=FILE or text=FOLDER with text files in it")
+    return ordered if text else list(_up_to(MAX_BYTES, ordered))
+
+
+def _library_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return [path for name in ("", *PACKAGES) for path in sorted((root / name).glob("*.py"))]
+
+
+def _own_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"text={path}: no such file or folder; correct it, or leave it out for the standard library")
+    if path.is_file():
+        return [path]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _up_to(limit: int, documents: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield those that fit below ``limit`` bytes together, first come, first served."""
+    for document in documents:
+        if len(document) <= limit:
+            limit -= len(document)
+            yield document
+
+
+def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Return what is trained on and what is held out, a twentieth or the smallest file."""
+    if len(documents) == 1:
+        cut = len(documents[0]) - len(documents[0]) // HELD_OUT
+        return [documents[0][:cut]], [documents[0][cut:]]
+    share = sum(map(len, documents)) // HELD_OUT
+    held_out = list(_up_to(share, documents)) or [min(documents, key=len)]
+    return [document for document in documents if document not in held_out], held_out
+
+
+def _rows(documents: Sequence[bytes], context: int) -> NDArray[np.uint8]:
+    """Return [rows, context + 1]: the documents one after another; what does not fill a row is left out."""
+    stream = np.frombuffer(b"".join(DOCUMENT + document for document in documents), dtype=np.uint8)
+    if len(stream) <= context:
+        return np.empty((0, context + 1), dtype=np.uint8)
+    return np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context]
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        pq.write_table(table, temporary, row_group_size=8192)
+        temporary.chmod(0o644)  # mkstemp's is for its owner alone, and workers may run as another user
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
