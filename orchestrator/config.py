@@ -349,7 +349,7 @@ class Goodput(BatchPolicy):
     """Largest global batch; auto: 64 times the reference batch, and at most a quarter of the training set."""
     min_gain: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Change only for so much more goodput."""
-    min_interval_steps: PositiveInt = 20
+    min_interval_steps: PositiveInt = 10
     """Steps between two changes."""
     explore: bool = True
     """Time a second micro batch in the first steps, at the same global batch."""

@@ -22,7 +22,9 @@ class Simulation:
     policy: Policy
     settings: BatchPolicy = dataclasses.field(default_factory=Goodput)
     noise_scale: Callable[[float], float] = lambda _: 1000.0
-    step_time: Callable[[Layout], float] = lambda layout: 0.02 + 1e-4 * layout.worker_batch
+    step_time: Callable[[Layout], float] = lambda layout: (
+        0.004 + layout.accumulation * (0.016 + 1e-4 * layout.micro_batch)
+    )
     loss: Callable[[float, Layout], float] = lambda progress, _: 0.5 + 4.0 * progress**-0.3
     layout: Layout = dataclasses.field(default_factory=lambda: Layout(2, 8, 1))
     reference: int = 16

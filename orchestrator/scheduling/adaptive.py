@@ -155,7 +155,8 @@ class GoodputPolicy:
         known = seen.noise_scale
         doubted = math.inf if known is None else seen.ambition * known.low
         found = rated(model, doubted, seen.reference_batch, seen.nodes, [seen.layout, seen.change.before])
-        best, other = found
+        best = _preferred(found)
+        other = found[1] if best == found[0] else found[0]
         now = best if best.layout == seen.layout else other
         reason = (
             f"{best.layout}: {1e3 * best.step_time_s:.3g} ms a step and {best.goodput:,.0f} reference samples/s, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import sysconfig
 from pathlib import Path
 
 import numpy as np

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -29,6 +29,7 @@ Array = NDArray[np.float64]
 
 noises = st.floats(0.0, 1e9) | st.just(math.inf)
 batches = st.integers(1, 10**6)
+norms = st.just(0.0) | st.floats(1e-12, 1e6)
 
 
 # -- the experiment ----------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_arrays_of_batches_give_what_each_batch_gives(noise) -> None:
 # -- one step ----------------------------------------------------------------------------------
 
 
-@given(st.floats(0.0, 1e6), st.floats(0.0, 1e6), st.floats(0.5, 1e4), st.floats(1.5, 1e3))
+@given(norms, norms, st.floats(0.5, 1e4), st.floats(1.5, 1e3))
 def test_a_step_without_chance_gives_the_truth(gradient_sq, trace, b, n) -> None:
     sample = NoiseSample.from_norms(
         mean_small_sq=gradient_sq + trace / b, big_sq=gradient_sq + trace / (b * n), small_batch=b, small_batches=n
@@ -211,8 +212,8 @@ def test_the_reference_experiment() -> None:
     assert (1 / estimate.low - 1 / estimate.high) * TRUTH == pytest.approx(2 * 1.645 * error / 1500**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("b", "n"), [(16, 2), (8, 6), (256, 2)])
-@pytest.mark.parametrize(("steps", "least", "most"), [(8, 0.85, 0.96), (50, 0.85, 0.94)])
+@pytest.mark.parametrize(("b", "n"), [(16, 2), (8, 4), (256, 2)])
+@pytest.mark.parametrize(("steps", "least", "most"), [(8, 0.87, 0.96), (40, 0.85, 0.94)])
 def test_the_bounds_hold_the_truth_about_as_often_as_they_say(b, n, steps, least, most) -> None:
     """256 x 2 is above the noise scale, where the error of the trace counts too."""
     rng = np.random.default_rng(3)
@@ -225,10 +226,10 @@ def test_real_samples_are_covered_too() -> None:
 
 
 def test_steps_of_different_layouts_are_pooled_by_what_they_tell() -> None:
-    """40 steps at batch 16 add no noise to 40 at batch 64, and no bias: they would, if every step counted the same."""
+    """30 steps at batch 16 add no noise to 30 at batch 64, and no bias: they would, if every step counted the same."""
     rng = np.random.default_rng(5)
-    large = [gaussian(rng, 40, 16, 4) for _ in range(200)]
-    mixed = [gaussian(rng, 40, 8, 2) + steps for steps in large]
+    large = [gaussian(rng, 30, 16, 4) for _ in range(200)]
+    mixed = [gaussian(rng, 30, 8, 2) + steps for steps in large]
     errors = {
         name: np.array([TRUTH / estimate_of(steps).value - 1.0 for steps in windows])
         for name, windows in (("large", large), ("mixed", mixed))
@@ -238,6 +239,13 @@ def test_steps_of_different_layouts_are_pooled_by_what_they_tell() -> None:
     alike = [np.mean([sample.gradient_sq for sample in steps]) / GRADIENT_SQ for steps in mixed]
     assert np.std(alike) > 1.5 * errors["mixed"].std()
     assert 0.84 < coverage(mixed) < 0.95
+
+
+def test_many_steps_that_tell_little_do_not_make_the_bounds_narrower() -> None:
+    rng = np.random.default_rng(12)
+    few = gaussian(rng, 10, 256, 2)
+    alone, among = estimate_of(few), estimate_of(gaussian(rng, 200, 1, 2) + few)
+    assert (among.low, among.high) == pytest.approx((alone.low, alone.high), rel=0.02)
 
 
 def test_a_stationary_window_keeps_its_steps_and_its_precision() -> None:
@@ -317,6 +325,7 @@ def test_steps_that_say_nothing_are_no_estimate() -> None:
 # -- as a value --------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 200))
 def test_a_window_survives_json_unchanged(steps) -> None:
     window = window_of(gaussian(np.random.default_rng(steps), steps, 8, 2))
