@@ -18,8 +18,9 @@ small batches of ``b`` samples, ``B = b n``.
 5. Noise scales drift by orders of magnitude in a run. The window grows as long as its newer and its older part agree
    and forgets the older one when they differ: adaptive windowing, Bifet & Gavaldà 2007 (ADWIN), with their exponential
    histogram, so that a window of K steps keeps about 8 log2(K / 8) sums. Where ten thousand steps are needed for one
-   digit it has them; a moving average of fixed length has not. Between two cuts a rising noise scale is
-   underestimated, never by more than its own bounds can tell, and that is the careful side.
+   digit it has them; a moving average of fixed length has not. What cannot be told from chance is not cut: of a noise
+   scale that grows tenfold in 1,500 measured steps the estimate lags by 20 % in the median, ``high`` is then too low
+   about half of the time, and ``low`` holds (too high in 1 % of looks; measured). That is the careful side.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def statistical_efficiency(noise_scale: float, reference_batch: float, batch: fl
 
     1 at the reference batch, below 1 above it, above 1 below it; 1 everywhere where the noise scale is infinite.
 
-    Source: McCandlish, Kaplan & Amodei 2018 (arXiv:1812.06162), equations 2.7 and D.2: a run to a given loss takes
+    Source: McCandlish, Kaplan & Amodei 2018 (arXiv:1812.06162), section 2: a run to a given loss takes
     ``E_min (1 + B / Bn)`` samples, here as the ratio of two batches.
 
     Args:
@@ -118,7 +119,7 @@ class NoiseSample:
     ) -> NoiseSample:
         """Solve ``E[mean_small_sq] = |G|^2 + tr(Sigma) / b`` and ``E[big_sq] = |G|^2 + tr(Sigma) / (b n)`` for both.
 
-        Source: McCandlish, Kaplan & Amodei 2018 (arXiv:1812.06162), equation A.2.
+        Source: McCandlish, Kaplan & Amodei 2018 (arXiv:1812.06162), appendix A.1.
 
         Args:
             mean_small_sq: Mean over the small batches of the squared norm of their mean gradients.
