@@ -42,7 +42,7 @@ VOCABULARY = 256
 DOCUMENT = b"\0"
 """Stands before each file, so that a model sees where one begins; text holds no zero byte."""
 EVALUATED = 512
-"""Rows of the held-out files that are evaluated: 3 % of the time of a run, and known to 0.05 bits per byte."""
+"""Rows evaluated, at most, spread evenly over the held-out files: a few hundred milliseconds on two CPUs."""
 HELD_OUT = 20
 """One byte in so many is held out."""
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "urllib", "xml")
@@ -66,7 +66,11 @@ def gpt(
     heads: int = 4,
     kv_heads: int = 2,
 ) -> Job:
-    """Return the job.
+    """Return the job: 218 thousand parameters that come to 2.18 bits per byte on held-out files of Python 3.11.
+
+    That is after one pass over 2.4 MB, 4,639 steps of 8 rows, with 60 % of the next bytes guessed right; 2.28 is
+    reached after 70 % of it. Other versions of Python, and your own text, come to other numbers. The learning rate is
+    the best of 1, 3, 4 and 6e-3 at this batch and length, where 4 and 6 are equal.
 
     Args:
         data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there.
@@ -331,9 +335,10 @@ def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
             the standard library. Files of the same content count once, and hidden and binary ones do not count.
         context: Bytes of a row but the first, which the row before it ends with: each byte is predicted once.
 
-    A file belongs to one of the two whole, for copies of a sentence stand in one file more often than in two; only
-    text that is a single file is cut. Each Parquet file appears whole or not at all, and changes to the text after
-    that are not looked for.
+    A file belongs to one of the two whole, for what is said twice is mostly said in one file; only text that is a
+    single file is cut. Files that are alike remain: 4 % of the rows held out of the standard library stand word for
+    word in what is trained on, because posixpath and ntpath share text. Each Parquet file appears whole or not at all,
+    and changes to the text after that are not looked for.
 
     Raises:
         DataError: no text, too little of it, or ``folder`` holds another text or context.

@@ -12,10 +12,10 @@ from orchestrator.scheduling.noise_scale import NoiseScale
 
 __all__ = ["KINDS", "Alternative", "Change", "Decision", "Observation", "Policy"]
 
-Kind = Literal["explore", "settle", "grow", "shrink", "revert", "ramp", "refactor"]
-KINDS: tuple[Kind, ...] = ("explore", "settle", "grow", "shrink", "revert", "ramp", "refactor")
+Kind = Literal["explore", "settle", "grow", "shrink", "revert", "ramp"]
+KINDS: tuple[Kind, ...] = ("explore", "settle", "grow", "shrink", "revert", "ramp")
 """explore: time another micro batch at the same global batch; settle: stay with the faster one; grow, shrink: another
-global batch; revert: take a change back; ramp: as written down; refactor: other workers, the same global batch."""
+global batch; revert: take a change back; ramp: as written down."""
 
 
 @dataclass(frozen=True)
