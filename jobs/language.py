@@ -6,9 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from jobs.parquet import write_whole
 from orchestrator.config import (
     AdamW,
     Cosine,
@@ -358,7 +357,7 @@ def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for rows, path in zip((train, held_out[spread]), files, strict=True):
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), context + 1)
-        _write(pa.table({"text": column}).replace_schema_metadata(made_of), path)
+        write_whole(pa.table({"text": column}).replace_schema_metadata(made_of), path, row_group_size=8192)
 
 
 def _are_written(files: Sequence[Path], made_of: Mapping[str, str]) -> bool:
@@ -426,15 +425,3 @@ def _rows(documents: Sequence[bytes], context: int) -> NDArray[np.uint8]:
     if len(stream) <= context:
         return np.empty((0, context + 1), dtype=np.uint8)
     return np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context]
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        pq.write_table(table, temporary, row_group_size=8192)
-        temporary.chmod(0o644)  # mkstemp's is for its owner alone, and workers may run as another user
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

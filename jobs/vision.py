@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jobs.parquet import write_whole
 from orchestrator.config import (
     AdamW,
     Cosine,
@@ -247,17 +245,5 @@ def write_digits(folder: str) -> None:
     )
     kept, held_out = train_test_split(range(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write(table.take(kept), train)
-    _write(table.take(held_out), test)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        pq.write_table(table, temporary, row_group_size=256)
-        temporary.chmod(0o644)  # mkstemp's is for its owner alone, and workers may run as another user
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(table.take(kept), train, row_group_size=256)
+    write_whole(table.take(held_out), test, row_group_size=256)

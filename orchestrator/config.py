@@ -50,6 +50,7 @@ __all__ = [
     "Policy",
     "Ramp",
     "Recipe",
+    "Rule",
     "RunConfig",
     "ScaleConfig",
     "Step",
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 Auto = Literal["auto"]
+Rule = Literal["auto", "none", "linear", "sqrt", "adascale"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,45}[a-z0-9])?")
@@ -304,7 +306,7 @@ class BatchPolicy(Part):
 
     name: str
     """Which policy."""
-    rule: Literal["auto", "none", "linear", "sqrt", "adascale"] = "auto"
+    rule: Rule = "auto"
     """How the learning rate follows the batch; auto: what belongs to the optimizer, and its other settings with it."""
     noise_interval_steps: PositiveInt = 10
     """Measure the gradient noise every so many steps at first; then as often as noise_cost allows."""

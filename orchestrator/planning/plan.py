@@ -97,6 +97,7 @@ def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, eva
     offload = _offload(config, on_gpu, zero_stage)
     precision = _precision(config, shape, on_gpu, reasons)
     checkpointing = config.layout.activation_checkpointing
+    _check_ramp(config, train_samples)
     _check_combination(config, on_gpu, zero_stage, evaluation_samples)
     return Plan(
         name=config.name,
@@ -208,6 +209,26 @@ def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: li
         return "fp32"
     reasons.append(f"precision {'fp16' if old else 'bf16'}: what {shape.accelerator or 'the accelerator'} is fast at")
     return "fp16" if old else "bf16"
+
+
+def _check_ramp(config: RunConfig, train_samples: int) -> None:
+    """A ramp that could never be followed is refused: it would be a fixed batch that nobody asked for."""
+    if not isinstance(config.policy, Ramp):
+        return
+    if not config.recipe.stop.has_length:
+        raise ConfigError(
+            "policy.name='ramp' is laid over the run's length, and recipe.stop gives none: set one of "
+            "recipe.stop.steps, recipe.stop.epochs, recipe.stop.samples, or another policy"
+        )
+    if (largest := max(config.policy.batches)) > train_samples:
+        raise ConfigError(
+            f"policy.batches holds {largest}, more than the training set of {train_samples} samples: use at most that"
+        )
+    if "auto" not in (config.layout.micro_batch, config.layout.accumulation):
+        raise ConfigError(
+            "policy.name='ramp' changes the batch, and layout.micro_batch and layout.accumulation are both set: "
+            "set one of the two to auto"
+        )
 
 
 def _check_combination(config: RunConfig, on_gpu: bool, zero_stage: int, evaluation_samples: int) -> None:

@@ -74,12 +74,6 @@ class History:
             change = replace(change, deviation=change.deviation.after(facts.progress, facts.loss, batch))
         return replace(known, trend=self.trend.after(facts.progress, facts.loss, batch), change=change)
 
-    @property
-    def known_noise_scale(self) -> float | None:
-        """What learning rate and progress go by: the estimate, or its lower bound where there is no upper one."""
-        known = self.noise_scale
-        return None if known is None else known.low if math.isinf(known.high) else known.value
-
     def changed(self, kind: Kind, step: int, progress: float, before: Layout, after: Layout) -> History:
         """The history once ``before`` has been left for ``after``, or found to be the right place to stay."""
         if before == after and self.change is not None:

@@ -22,16 +22,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
-from orchestrator.config import LAMB, SGD, Adam, AdamW
+from orchestrator.config import LAMB, SGD, Adam, AdamW, Rule
 from orchestrator.errors import ConfigError, did_you_mean
 from orchestrator.scheduling.noise_scale import NoiseScale, gain
 
-__all__ = ["LARGEST_UNMEASURED", "RULES", "Rule", "Scaling", "ema_decay", "ramp", "scale"]
+__all__ = ["LARGEST_UNMEASURED", "RULES", "Scaling", "ema_decay", "ramp", "scale", "step_worth"]
 
-Rule = Literal["auto", "none", "linear", "sqrt", "adascale"]
-RULES: tuple[Rule, ...] = ("auto", "none", "linear", "sqrt", "adascale")
+RULES: tuple[Rule, ...] = get_args(Rule)
 LARGEST_UNMEASURED = 4.0
 """What k counts as at most while the noise scale is not known."""
 LARGEST_MOMENTUM_POWER = 4.0
@@ -92,6 +91,18 @@ def scale(
     )
 
 
+def step_worth(noise_scale: NoiseScale | None, reference_batch: int, batch: int) -> float:
+    """Return the reference samples that a step of ``batch`` is worth: the reference batch times the gain.
+
+    At the reference batch exactly that; until the noise scale is known the batch, four reference batches at most.
+    """
+    if batch == reference_batch:
+        return float(batch)
+    if noise_scale is None:
+        return min(batch, LARGEST_UNMEASURED * reference_batch)
+    return float(reference_batch * gain(noise_scale.counted, reference_batch, batch))
+
+
 def ema_decay(decay: float, k: float) -> float:
     """Return the decay of a model's moving average at k times the batch (Busbridge et al. 2023, arXiv:2307.13813)."""
     return float(decay**k)
@@ -112,7 +123,7 @@ def _gain(noise_scale: float | NoiseScale | None, reference_batch: float, batch:
     if noise_scale is None:
         return counted
     if isinstance(noise_scale, NoiseScale):
-        noise_scale = noise_scale.low if math.isinf(noise_scale.high) else noise_scale.value
+        noise_scale = noise_scale.counted
     return float(gain(noise_scale, reference_batch, batch))
 
 

@@ -160,6 +160,11 @@ class NoiseScale:
     high: float
     """Upper bound; infinite where a gradient of zero would explain the data as well."""
 
+    @property
+    def counted(self) -> float:
+        """What learning rate and progress go by: the estimate, or the lower bound where there is no upper one."""
+        return self.low if math.isinf(self.high) else self.value
+
     def __str__(self) -> str:
         if math.isinf(self.high):
             return f"at least {_number(self.low)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.step_time import StepTimes
@@ -13,9 +13,9 @@ from orchestrator.scheduling.noise_scale import NoiseScale
 __all__ = ["KINDS", "Alternative", "Change", "Decision", "Observation", "Policy"]
 
 Kind = Literal["explore", "settle", "grow", "shrink", "revert", "ramp"]
-KINDS: tuple[Kind, ...] = ("explore", "settle", "grow", "shrink", "revert", "ramp")
-"""explore: time another micro batch at the same global batch; settle: stay with the faster one; grow, shrink: another
-global batch; revert: take a change back; ramp: as written down."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""explore: time another micro batch, at the same global batch or at twice as much; settle: take the better of the two;
+grow, shrink: another global batch; revert: take a change back; ramp: as written down."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.step_time import StepTimeModel, StepTimes
 from orchestrator.scheduling.history import History
-from orchestrator.scheduling.learning_rate import LARGEST_UNMEASURED
-from orchestrator.scheduling.noise_scale import NoiseScale, gain
+from orchestrator.scheduling.learning_rate import step_worth
+from orchestrator.scheduling.noise_scale import NoiseScale
 from orchestrator.scheduling.observation import Observation
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.scheduling.schedule import factor
@@ -89,7 +89,7 @@ def _follow(
     while progress < end and steps < MOST_STEPS:
         known = noise.at(progress)
         step_time_s = float(model.step_time_s(nodes=nodes, **asdict(layout)))
-        worth = _worth(known, reference, layout.global_batch)
+        worth = step_worth(known, reference, layout.global_batch)
         steps, samples = steps + 1, samples + layout.global_batch
         progress, time_s = progress + worth, time_s + step_time_s
         times = times.observe(nodes=nodes, **asdict(layout), step_time_s=step_time_s, accumulation_time_s=None)
@@ -114,14 +114,6 @@ def _follow(
             history = history.changed(decision.kind, steps, progress, layout, decision.layout)
             layout = decision.layout
     return Replayed(steps, samples, progress, time_s, tuple(decided))
-
-
-def _worth(known: NoiseScale | None, reference: int, batch: int) -> float:
-    if batch == reference:
-        return float(batch)
-    if known is None:
-        return min(batch, LARGEST_UNMEASURED * reference)
-    return reference * float(gain(known.low if math.isinf(known.high) else known.value, reference, batch))
 
 
 def _recorded_times(records: Sequence[Record], nodes: int) -> StepTimes:

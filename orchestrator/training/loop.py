@@ -97,6 +97,7 @@ def _act(
     run: Training, before: TrainState, state: TrainState, decision: Decision | None, said: Sequence[float]
 ) -> TrainState:
     """Take up what rank 0 decided, on every rank; later, once, write down what came of it."""
+    run.scheduler.memory.note(before.layout.micro_batch)  # of the layout that ran, which may be left now
     if (heard := understood(said, state.layout.workers)) is not None:
         run.recorder.decision(state, decision)
         return state.changed(*heard)

@@ -37,7 +37,6 @@ class Scheduler:
         """The policy's answer to ``state``; None on all ranks but 0."""
         if not self.decides or state.step == 0:
             return None
-        self.memory.note(state.layout.micro_batch)
         return self.policy.decide(observe(state, self.plan, self.config, self.memory.largest_micro_batch()))
 
     def measures(self, state: TrainState) -> bool:

@@ -10,8 +10,8 @@ from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.history import History, StepFacts
-from orchestrator.scheduling.learning_rate import LARGEST_UNMEASURED, Scaling, ramp, scale
-from orchestrator.scheduling.noise_scale import NoiseSample, gain
+from orchestrator.scheduling.learning_rate import Scaling, ramp, scale, step_worth
+from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.scheduling.observation import Kind
 from orchestrator.scheduling.policy import measures_noise
 
@@ -75,18 +75,12 @@ class TrainState:
     def scaling(self, config: RunConfig) -> Scaling:
         """What the batch in use does to learning rate, beta2, eps, weight decay and momentum."""
         recipe = config.recipe
-        known = self.history.known_noise_scale
-        return scale(config.policy.rule, recipe.optimizer, known, recipe.batch, self.layout.global_batch)
+        known, batch = self.history.noise_scale, self.layout.global_batch
+        return scale(config.policy.rule, recipe.optimizer, known, recipe.batch, batch)
 
     def step_progress(self, config: RunConfig) -> float:
         """Reference samples that one step of the batch in use is worth."""
-        reference, batch = config.recipe.batch, self.layout.global_batch
-        if batch == reference:
-            return float(batch)
-        known = self.history.known_noise_scale
-        if known is None:
-            return min(batch, LARGEST_UNMEASURED * reference)
-        return float(reference * gain(known, reference, batch))
+        return step_worth(self.history.noise_scale, config.recipe.batch, self.layout.global_batch)
 
     def after(self, stats: StepStats, plan: Plan, config: RunConfig) -> TrainState:
         """The state after one step. A discarded one has consumed its samples and counts as progress too."""

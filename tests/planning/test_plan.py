@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import LAMB, SGD, AdamW, EvaluationConfig, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
+from orchestrator.config import (
+    LAMB,
+    SGD,
+    AdamW,
+    EvaluationConfig,
+    LayoutConfig,
+    Ramp,
+    Recipe,
+    RunConfig,
+    ScaleConfig,
+    Stop,
+)
 from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
@@ -73,6 +84,23 @@ def test_a_whole_plan() -> None:
             "precision fp32: no accelerator",
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"recipe": {"stop": Stop(wall_time_s=60)}},
+            "policy.name='ramp' is laid over the run's length, and recipe.stop gives none",
+        ),
+        ({"policy": Ramp(at=(0.0,), batches=(1001,))}, "policy.batches holds 1001, more than the training set of 1000"),
+        ({"layout": {"micro_batch": 8, "accumulation": 4}}, "layout.micro_batch and layout.accumulation are both set"),
+    ],
+)
+def test_a_ramp_that_cannot_be_followed_is_refused(fields: dict[str, Any], message: str) -> None:
+    ramp = Ramp(at=(0.0, 0.5), batches=(64, 128))
+    assert plan(policy=ramp).reasons[1] == "policy ramp: batch 64 from 0%, 128 from 50% of the run on"
+    assert message in refusal(**{"policy": ramp, **fields})
 
 
 def test_a_plan_as_it_is_written_down() -> None:

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 
 from orchestrator.config import SGD, Fixed, Goodput, LayoutConfig, Ramp, Recipe, RunConfig, Stop
 from orchestrator.planning.layout import Layout
-from orchestrator.scheduling.adaptive import GoodputPolicy
+from orchestrator.planning.step_time import StepTimes
+from orchestrator.scheduling.adaptive import GoodputPolicy, _preferred
 from orchestrator.scheduling.fixed import FixedPolicy
+from orchestrator.scheduling.history import History
+from orchestrator.scheduling.loss_trend import Deviation, LossTrend
+from orchestrator.scheduling.noise_scale import NoiseScale
+from orchestrator.scheduling.observation import Alternative, Change, Observation
 from orchestrator.scheduling.policy import make_policy, measures_noise
 from orchestrator.scheduling.ramp import RampPolicy
 from orchestrator.scheduling.reach import Reach
@@ -161,6 +166,74 @@ def test_seesaw_grows_the_batch_as_the_schedule_falls_and_only_to_the_noise_scal
     assert 32 <= run.batches[-1] <= 150
     without = Simulation(goodput(), step_time=flat, noise_scale=lambda _: 100.0, length=length).run(3000)
     assert without.batches[-1] == 16
+
+
+# -- goodput, one look at a time ----------------------------------------------------------------
+
+
+def look(layout: Layout, noise: NoiseScale, *, since: int = 10, **fields: object) -> Observation:
+    """What is seen ``since`` steps after ``layout`` was grown into; 8 and 16 a worker were timed before it."""
+    times = StepTimes()
+    for each in (Layout(2, 8, 1), Layout(2, 16, 1), layout):
+        for _ in range(8):
+            seconds = 0.02 + 1e-4 * each.worker_batch
+            place = dataclasses.asdict(each)
+            times = times.observe(nodes=1, **place, step_time_s=seconds, accumulation_time_s=seconds - 0.004)
+    change = Change("grow", 100, 1600.0, Layout(2, 8, 1), Deviation(LossTrend()))
+    base = dataclasses.replace(Simulation(FixedPolicy(), layout=layout).observe(), progress=1760.0)
+    seen = dataclasses.replace(base, step=100 + since, noise_scale=noise, times=times, change=change)
+    return dataclasses.replace(seen, **fields)  # type: ignore[arg-type]
+
+
+def test_half_the_ambition_decides_as_on_half_the_noise_scale() -> None:
+    policy, layout = goodput(explore=False), Layout(2, 32, 1)
+    for low in (60.0, 120.0, 240.0, 480.0, 1000.0):
+        halved = policy.decide(look(layout, NoiseScale(2000.0, low, math.inf), ambition=0.5))
+        as_on = policy.decide(look(layout, NoiseScale(2000.0, low / 2, math.inf)))
+        assert (halved and halved.then) == (as_on and as_on.then)
+    assert policy.decide(look(layout, NoiseScale(2000.0, 240.0, math.inf))) is not None
+    assert policy.decide(look(layout, NoiseScale(2000.0, 240.0, math.inf), ambition=0.1)) is None
+
+
+def test_shrinking_is_decided_on_the_upper_bound() -> None:
+    """Sixty-four times the reference batch: too much for a noise scale of 30 samples, right for one of 5,000."""
+    policy, layout = goodput(explore=False), Layout(2, 512, 1)
+    surely_small = policy.decide(look(layout, NoiseScale(30.0, 20.0, 40.0)))
+    assert surely_small is not None
+    assert surely_small.kind == "shrink"
+    assert surely_small.layout.global_batch == 512
+    assert policy.decide(look(layout, NoiseScale(30.0, 20.0, 5000.0))) is None
+
+
+def test_each_reversal_doubles_the_interval() -> None:
+    policy, noise = goodput(explore=False, min_interval_steps=10), NoiseScale(900.0, 800.0, 1000.0)
+
+    def first(reversals: int) -> int:
+        due = (n for n in range(1, 200) if policy.decide(look(Layout(2, 32, 1), noise, since=n, reversals=reversals)))
+        return next(due)
+
+    assert [first(reversals) for reversals in range(4)] == [10, 20, 40, 80]
+
+
+def test_more_micro_batches_must_promise_much_more() -> None:
+    def rated_as(accumulation: int, goodput_: float) -> Alternative:
+        return Alternative(Layout(2, 64 // accumulation, accumulation), 0.1, 1.0, goodput_)
+
+    whole, parts = rated_as(1, 1000.0), rated_as(4, 1099.0)
+    assert _preferred([parts, whole]) == whole
+    assert _preferred([dataclasses.replace(parts, goodput=1101.0), whole]).layout == parts.layout
+    assert _preferred([whole, parts]) == whole
+
+
+def test_what_counts_as_taken_back() -> None:
+    """A shrink, a revert, and a settling that no trial preceded."""
+    history, small, large = History(), Layout(2, 8, 1), Layout(2, 16, 1)
+    for kind, before, after, reversals in [
+        ("grow", small, large, 0), ("shrink", large, small, 1), ("explore", small, large, 1),
+        ("settle", large, small, 1), ("grow", small, large, 1), ("revert", large, small, 2),
+    ]:  # fmt: skip
+        history = history.changed(kind, 1, 1.0, before, after)  # type: ignore[arg-type]
+        assert history.reversals == reversals
 
 
 # -- ramp and fixed ----------------------------------------------------------------------------

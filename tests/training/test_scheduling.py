@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.observation import KINDS, Decision
 from orchestrator.telemetry.records import read
 from orchestrator.training.checkpoint import list_checkpoints
+from orchestrator.training.loop import _act
 from orchestrator.training.optimizer import carry_second_moment
 from orchestrator.training.scheduler import spoken, understood
 from orchestrator.training.state import TrainState
@@ -143,6 +145,17 @@ def test_another_fixed_batch_measures_and_follows_the_rule(two: GlooGroup, tmp_p
     assert {step["global_batch"] for step in steps} == {64}
     assert steps[0]["learning_rate_factor"] == 4.0
     assert any("noise" in step for step in steps)
+
+
+def test_memory_is_filed_under_the_layout_that_ran() -> None:
+    """Also at the step after which it is left: otherwise a large micro batch's peak would count for a small one."""
+    noted: list[int] = []
+    scheduler = SimpleNamespace(memory=SimpleNamespace(note=noted.append), outcome=lambda *_: None)
+    run: Any = SimpleNamespace(scheduler=scheduler, recorder=SimpleNamespace(decision=lambda *_: None))
+    state = TrainState(layout=Layout(2, 8, 1))
+    left = _act(run, state, state, None, spoken(Decision("explore", Layout(2, 4, 2), "because")))
+    _act(run, left, left, None, spoken(None))
+    assert noted == [8, 4]
 
 
 # -- what goes with the rate -------------------------------------------------------------------

@@ -149,7 +149,8 @@ def test_a_larger_batch_is_worth_its_gain_and_raises_the_rate_by_steps() -> None
     state = after(
         TrainState.start(plan(wanted), wanted), *[replace(GOOD, noise=NOISY, noise_cost_s=1e-3)] * 20, of=wanted
     )
-    noise = state.history.known_noise_scale
+    assert state.history.noise_scale is not None
+    noise = state.history.noise_scale.counted
     assert noise == pytest.approx(160.0)
     state = state.changed("grow", Layout(2, 16, 1))
     gain = (1 + noise / 16) / (1 + noise / 32)
