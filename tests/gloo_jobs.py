@@ -330,10 +330,20 @@ def step_at(engine: Engine, config: RunConfig, task: Toy, cursor: int, layout: L
 
 
 def measured_steps(
-    config: RunConfig, task: Toy, layouts: Sequence[Layout], rate: float, measured: Sequence[bool] | None = None
+    config: RunConfig,
+    task: Toy,
+    layouts: Sequence[Layout],
+    rate: float,
+    measured: Sequence[bool] | None = None,
+    scale_window: int | None = None,
 ) -> list[StepStats]:
-    """A new engine's steps, each in its own layout, with the gradient noise measured in all of them or in some."""
+    """A new engine's steps, each in its own layout, with the gradient noise measured in all of them or in some.
+
+    ``scale_window``: good steps after which fp16's loss scale doubles, instead of a thousand.
+    """
     engine, stats, cursor = make_engine(config, task), [], 0
+    if scale_window is not None:
+        engine._engine.optimizer.loss_scaler.scale_window = scale_window
     for index, layout in enumerate(layouts):
         positions = Stream(len(task.train), config.seed).micro_batches(cursor, layout, dist.get_rank())
         columns = [task.train.take(p) for p in positions]

@@ -53,6 +53,19 @@ def test_a_straight_line_is_recovered() -> None:
     assert trend.residual_variance == pytest.approx(1e-4, rel=0.3)
 
 
+@pytest.mark.parametrize(("slope", "believed"), [(-0.5, 0.5), (0.5, 1.0)])
+def test_a_fall_is_believed_by_half_and_a_rise_in_full(slope: float, believed: float) -> None:
+    """Curves bend: of a promised fall only half may be held against a change."""
+    trend = LossTrend()
+    for step in range(1, 300):
+        trend = trend.after(16.0 * step, 3.0 + slope * math.log(16.0 * step), 16)
+    last, ahead = 16.0 * 299, 16.0 * 400
+    expected = trend.expected(ahead)
+    assert expected is not None
+    promised = slope * math.log(ahead / last)
+    assert expected[0] - (3.0 + slope * math.log(last)) == pytest.approx(believed * promised, rel=1e-6)
+
+
 def test_a_single_samples_variance_is_told_from_batches() -> None:
     for batch in (4, 64):
         trend, _, _ = trained(600, batch, noise=2.0)

@@ -127,6 +127,15 @@ def test_a_step_that_overflows_is_no_measurement(two: GlooGroup) -> None:
     assert steps[-1].noise is not None
 
 
+@slow
+def test_a_step_that_changes_the_loss_scale_is_no_measurement(two: GlooGroup) -> None:
+    config = toy_config(layout={"zero_stage": 1, "precision": "fp16"})
+    steps = two.run(measured_steps, config, Toy(mlp), [Layout(2, 8, 1)] * 9, 0.0, None, 3)[0]
+    dropped = [step.noise is None for step in steps if step.applied]
+    assert any(dropped), "the loss scale never grew, or growing went unnoticed"
+    assert not all(dropped)
+
+
 # -- against a known truth ---------------------------------------------------------------------
 
 
