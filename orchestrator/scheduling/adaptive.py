@@ -30,7 +30,7 @@ from orchestrator.scheduling.noise_scale import statistical_efficiency
 from orchestrator.scheduling.observation import Alternative, Decision, Kind, Observation
 from orchestrator.scheduling.reach import Reach
 
-__all__ = ["GoodputPolicy"]
+__all__ = ["TIMED_STEPS", "GoodputPolicy"]
 
 TIMED_STEPS = 4
 """Steps, warm-up not counted, that make a layout's time known."""

@@ -337,11 +337,12 @@ def _plan_section(plan: Mapping[str, Any]) -> str:
 
 
 def _decisions_section(run: RunData) -> str:
-    told = [[*told] for told in decisions_told(run.decisions)]
+    told = decisions_told(run.decisions)
     if not told:
         return ""
-    head = ["Step", "Decision", "Batch", "Why", "Promised", "Measured"]
-    return f"<section><h2>Decisions</h2>{_table(head, told)}</section>"
+    head = ["Step", "Decision", "Batch", "Promised", "Measured", "Why"]
+    rows = [[step, kind, batch, promised, measured, why] for step, kind, batch, why, promised, measured in told]
+    return f"<section><h2>Decisions</h2>{_table(head, rows)}</section>"
 
 
 def _attempts_section(run: RunData) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from orchestrator.config import RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.adaptive import TIMED_STEPS
 from orchestrator.scheduling.learning_rate import Scaling, scale
 from orchestrator.scheduling.observation import KINDS, Decision, Kind, Observation, Policy
 from orchestrator.scheduling.policy import measures_noise
@@ -17,9 +18,6 @@ from orchestrator.training.memory import MemoryGauge
 from orchestrator.training.state import TrainState
 
 __all__ = ["Scheduler", "observe", "spoken", "understood"]
-
-KNOWN_STEPS = 8
-"""Timed steps after which what came of a decision is written down."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,13 @@ class Scheduler:
         return state.history.measures(state.step + 1, self.config.policy)
 
     def outcome(self, before: TrainState, state: TrainState) -> tuple[float, float] | None:
-        """Goodput and step time of the layout in use, once, at the step that makes them known after a change."""
+        """Goodput and step time of the layout in use, once, at the step that makes them known after a change.
+
+        As many timed steps as the policy waits for: a layout is never left for a better one before it is measured.
+        """
         times, layout = state.history.times, state.layout
         where = {"nodes": self.plan.nodes, **asdict(layout)}
-        just_known = before.history.times.count(**where) < KNOWN_STEPS <= times.count(**where)
+        just_known = before.history.times.count(**where) < TIMED_STEPS <= times.count(**where)
         if state.history.change is None or not just_known:
             return None
         step_time_s = times.observed_step_time_s(**where)

@@ -120,6 +120,8 @@ def test_goodput_decides_alike_on_all_ranks_and_its_history_survives(two: GlooGr
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert max(step["global_batch"] for step in steps) <= 128
     assert any("noise" in step for step in steps)
+    events = [d["event"] for d in read(root / "decisions.jsonl") if d.get("kind") != "settle"]
+    assert "measured" in events, "what came of a new layout is never written down"
     progress = [step["progress"] for step in steps]
     assert progress == sorted(progress)
     assert progress[-1] == pytest.approx(16 * 600, abs=128)
