@@ -1,6 +1,6 @@
 """How much sooner a run reaches its target when the policy chooses the batch: `goodput` against every fixed batch.
 
-    python benchmarks/time_to_target.py                       # digits and language, five seeds: about an hour
+    python benchmarks/time_to_target.py                       # digits and language, five seeds: about fifty minutes
     python benchmarks/time_to_target.py --tasks digits --seeds 2
     python benchmarks/time_to_target.py --write               # the result into benchmarks/results/
 
@@ -14,9 +14,9 @@ All variants of a seed run one after the other in one group of two gloo workers 
 rotated from seed to seed; seeds follow one another, so what else the machine does meets every variant alike. With
 `--folder` runs are kept, and those that are there and finished are not run again.
 
-Time to target is training time (evaluations excluded) to the first evaluation from which on every later one holds the
-target: a curve that touches it by chance has not arrived. A run that never does counts as infinitely long. Wanted:
-`goodput` at least 1.5 times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s
+Time to target is training time (evaluations excluded) to the first evaluation from which on the mean of the latest
+five holds the target: a curve that touches it by chance has not arrived, and one bad evaluation is not a setback. A run
+that never does counts as infinitely long. Wanted: `goodput` at least 1.5 times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s
 seeds.
 """
 
@@ -43,6 +43,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 WORKERS = 2
 SPEED_UP, NEAR_BEST = 1.5, 1.15
 RUN_TIMEOUT_S = 3600.0
+SMOOTHED = 5
+"""Evaluations whose mean is held against the target: 360 images alone are off by half a percent."""
 PACKAGES = ("torch", "deepspeed", "numpy")
 
 
@@ -50,7 +52,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 class Task:
     """A job with its target and the fixed batches it is held against; the first is the reference.
 
-    The target is what the reference batch reached at four fifths of its first seed's run.
+    The target is about what the reference batch reached at four fifths of its first seed's run.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Task:
     larger_is_better: bool
     batches: tuple[int, ...]
     every_epochs: float
+    settings: tuple[str, ...] = ()
 
     def reached(self, value: float) -> bool:
         """Whether ``value`` is as good as the target."""
@@ -71,22 +74,24 @@ TASKS = {
     "digits": Task(
         name="digits",
         job="jobs.vision:digits",
-        args=("batch=8", "epochs=16"),
+        args=("batch=8", "epochs=24"),
         metric="accuracy",
-        target=0.99,
+        target=0.995,
         larger_is_better=True,
         batches=(8, 16, 32, 64, 128, 256),
         every_epochs=0.5,
+        # The job's own rate belongs to batch 64; the root of 8 below it is what it is at 8.
+        settings=("recipe.optimizer.learning_rate=2.1e-3",),
     ),
     "language": Task(
         name="language",
         job="jobs.language:gpt",
-        args=("batch=8", "context=32", "epochs=0.17"),
+        args=("batch=8", "context=32", "epochs=0.3"),
         metric="bits_per_byte",
         target=2.4,
         larger_is_better=False,
         batches=(8, 16, 32, 64),
-        every_epochs=0.005,
+        every_epochs=0.0075,
     ),
 }
 
@@ -188,14 +193,14 @@ def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
     }
     if variant != "goodput":
         settings["layout.global_batch"] = int(variant)
-    overrides = [f"{field}={value}" for field, value in settings.items()]
+    overrides = [*task.settings, *(f"{field}={value}" for field, value in settings.items())]
     return {"name": name, "job": task.job, "args": list(task.args), "overrides": overrides}
 
 
 def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
     metrics, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl")
     started = metrics[0]["time"] - metrics[0]["step_time_s"]
-    reached = [task.reached(evaluation["metrics"][task.metric]) for evaluation in evaluations]
+    reached = [task.reached(value) for value in _smoothed([one["metrics"][task.metric] for one in evaluations])]
     for_good = len(reached) - next((i for i, held in enumerate(reversed(reached)) if not held), len(reached))
     to_target = math.inf
     if for_good < len(evaluations):
@@ -214,6 +219,10 @@ def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
         final_batch=metrics[-1]["global_batch"],
         changes=sum(d["event"] == "decided" for d in _lines(decisions)) if decisions.exists() else 0,
     )
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    return [statistics.mean(values[max(0, end - SMOOTHED) : end]) for end in range(1, len(values) + 1)]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
