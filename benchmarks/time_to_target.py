@@ -16,8 +16,8 @@ rotated from seed to seed; seeds follow one another, so what else the machine do
 
 Time to target is training time (evaluations excluded) to the first evaluation from which on the mean of the latest
 five holds the target: a curve that touches it by chance has not arrived, and one bad evaluation is not a setback. A run
-that never does counts as infinitely long. Wanted: `goodput` at least 1.5 times as fast as (a), within 15 % of the fastest of (b), final quality within the spread of (a)'s
-seeds.
+that never does counts as infinitely long. Wanted: `goodput` at least 1.5 times as fast as (a), within 15 % of the
+fastest of (b), final quality within the spread of (a)'s seeds.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@
    2020, arXiv:1904.00962).
 3. Averages keep their length in samples: beta2^k, momentum^k (k at most 4: an assumption, beyond it the average is
    shorter than a few steps), and eps / sqrt(k), since the root of the second moment falls as the gradient's noise
-   does (Malladi et al. 2022). AdamW's decay keeps its timescale in samples: lambda' eta' = k lambda eta (Wang &
-   Aitchison 2024, arXiv:2405.13698).
+   does (Malladi et al. 2022). torch's momentum is a sum, not a mean: a gradient moves the weights by
+   1 / (1 - momentum) times the rate in all. With less momentum each gradient therefore enters with the weight
+   (1 - momentum^k) / (1 - momentum): sums and steps keep their size, also amid a run. AdamW's decay keeps its
+   timescale in samples: lambda' eta' = k lambda eta (Wang & Aitchison 2024, arXiv:2405.13698).
 4. Until the noise scale is known k counts as 4 at most.
 
 At the reference batch all is the recipe's own, to the bit. ``none`` changes nothing at all; ``linear`` (Goyal et al.
@@ -43,7 +45,7 @@ class Scaling:
     """What another batch does to the optimizer's settings.
 
     ``learning_rate``, ``eps`` and ``weight_decay`` are factors on the recipe's; ``beta2`` and ``momentum`` are values,
-    None where the optimizer has none.
+    None where the optimizer has none. ``gradient`` is the weight with which a gradient enters momentum's sum.
     """
 
     learning_rate: float = 1.0
@@ -51,6 +53,7 @@ class Scaling:
     eps: float = 1.0
     weight_decay: float = 1.0
     momentum: float | None = None
+    gradient: float = 1.0
 
 
 def scale(
@@ -81,7 +84,8 @@ def scale(
     counted = k if noise_scale is not None else min(k, LARGEST_UNMEASURED)
     rate = _rate(rule, optimizer, counted, _gain(noise_scale, reference_batch, batch, counted))
     if isinstance(optimizer, SGD):
-        return Scaling(rate, momentum=optimizer.momentum ** min(k, LARGEST_MOMENTUM_POWER))
+        momentum = optimizer.momentum ** min(k, LARGEST_MOMENTUM_POWER)
+        return Scaling(rate, momentum=momentum, gradient=(1.0 - momentum) / (1.0 - optimizer.momentum))
     return Scaling(
         learning_rate=rate,
         # Never below the floor, unless the recipe's own is.

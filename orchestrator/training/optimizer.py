@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, device: str) -> torch.o
 
 
 def add_penalties(optimizer: torch.optim.Optimizer) -> None:
-    """Let every step of ``optimizer`` apply the penalties of its groups first.
+    """Let every step of ``optimizer`` apply the penalties of its groups first, and the weight of their gradients.
 
     Weight decay is decoupled: ``w -= learning_rate * weight_decay * w`` (Loshchilov & Hutter 2019,
     arXiv:1711.05101). L2 and L1 add ``l2 * w`` and ``l1 * sign(w)`` to the gradient, after clipping.
@@ -43,7 +43,7 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def rescale(optimizer: Any, recipe: Recipe, scaling: Scaling, *, carry: bool) -> None:
-    """Set beta2, eps, decay and momentum of every group of a torch or DeepSpeed optimizer for another batch.
+    """Set what goes with the learning rate of another batch in every group of a torch or DeepSpeed optimizer.
 
     With ``carry`` Adam's second moment keeps its meaning under the new beta2 (see ``carry_second_moment``).
     """
@@ -51,6 +51,7 @@ def rescale(optimizer: Any, recipe: Recipe, scaling: Scaling, *, carry: bool) ->
     if isinstance(wanted, SGD):
         for group in optimizer.param_groups:
             group["momentum"] = scaling.momentum
+            group["gradient"] = scaling.gradient
         return
     assert scaling.beta2 is not None
     before = optimizer.param_groups[0]["betas"][1]
@@ -97,6 +98,8 @@ def _bare(groups: list[dict[str, Any]], recipe: Recipe, device: str) -> torch.op
     rate = wanted.learning_rate
     fused = True if device == "cuda" else None
     if isinstance(wanted, SGD):
+        for group in groups:
+            group["gradient"] = 1.0
         return torch.optim.SGD(
             groups, lr=rate, momentum=wanted.momentum, nesterov=wanted.nesterov, weight_decay=0.0, fused=fused
         )
@@ -117,8 +120,13 @@ def _bare(groups: list[dict[str, Any]], recipe: Recipe, device: str) -> torch.op
 def _apply_penalties(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         decay, l2, l1 = group.get("decay", 0.0), group.get("l2", 0.0), group.get("l1", 0.0)
+        weights = _with_gradient(group["params"])
         if decay or l2 or l1:
-            _penalise(_with_gradient(group["params"]), group["lr"] * decay, l2, l1)
+            _penalise(weights, group["lr"] * decay, l2, l1)
+        # Of penalty and loss alike: both are what the optimizer sums.
+        if (share := group.get("gradient", 1.0)) != 1.0:
+            for weight in weights:
+                weight.grad.mul_(share)
 
 
 def _with_gradient(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -63,6 +63,13 @@ def test_momentum_keeps_its_length_in_samples_up_to_four_times_the_batch() -> No
     assert momentum == pytest.approx([0.9**0.5, 0.9**2, 0.9**4, 0.9**4])
 
 
+def test_a_gradient_weighs_as_much_in_all_whatever_the_momentum() -> None:
+    for k in (0.5, 2, 4, 32):
+        scaling = scale("auto", SGD(learning_rate=0.1), 1e4, 64, 64 * k)
+        assert scaling.momentum is not None
+        assert scaling.gradient / (1.0 - scaling.momentum) == pytest.approx(10.0)
+
+
 def test_until_the_noise_is_known_four_times_is_the_most() -> None:
     assert scale("auto", SGD(learning_rate=0.1), None, 64, 64 * 3).learning_rate == 3.0
     assert scale("linear", SGD(learning_rate=0.1), None, 64, 64 * 50).learning_rate == 4.0

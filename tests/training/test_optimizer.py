@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from orchestrator.config import SGD, Adam, AdamW, Adaptive, Penalties, Recipe, Stop
-from orchestrator.training.optimizer import add_penalties, build_optimizer, set_learning_rate
+from orchestrator.scheduling.learning_rate import scale
+from orchestrator.training.optimizer import add_penalties, build_optimizer, rescale, set_learning_rate
 
 RATE = 0.1
 small = st.floats(0.0, 0.5)
@@ -103,6 +105,51 @@ def test_l2_is_not_decay_elsewhere(optimizer: SGD | Adam) -> None:
     coupled = trained(Weights(0.7, -1.2), recipe(optimizer, l2=0.3), 5, 0.5)
     decoupled = trained(Weights(0.7, -1.2), recipe(optimizer, weight_decay=0.3), 5, 0.5)
     assert not torch.allclose(coupled.matrix, decoupled.matrix, rtol=1e-3)
+
+
+# -- another batch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("k", [0.5, 2.0, 4.0])
+def test_under_a_constant_gradient_less_momentum_changes_no_step(nesterov: bool, k: float) -> None:
+    """Sum and step have settled at 1 / (1 - momentum) times the gradient, and stay there when the batch changes."""
+    wanted = recipe(SGD(learning_rate=RATE, momentum=0.9, nesterov=nesterov))
+    weights = Weights(0.0)
+    optimizer = build_optimizer(weights, wanted, device="cpu")
+    add_penalties(optimizer)
+
+    def moved() -> float:
+        before = weights.matrix.item()
+        weights.matrix.grad = torch.ones_like(weights.matrix)
+        optimizer.step()
+        return before - weights.matrix.item()
+
+    for _ in range(300):
+        moved()
+    settled = replace(scale("auto", wanted.optimizer, 1e9, 64, 64 * k), learning_rate=1.0)
+    rescale(optimizer, wanted, settled, carry=True)
+    assert [moved() for _ in range(5)] == pytest.approx([10.0 * RATE] * 5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_quarter_of_the_steps_at_four_times_the_batch_comes_as_far(nesterov: bool) -> None:
+    """A quadratic without noise to average out: what k steps do at the reference batch, one does at k times it."""
+    ends = {}
+    for k in (1, 4):
+        wanted = recipe(SGD(learning_rate=1e-3, momentum=0.9, nesterov=nesterov))
+        weights = Weights(1.0)
+        optimizer = build_optimizer(weights, wanted, device="cpu")
+        add_penalties(optimizer)
+        scaling = scale("auto", wanted.optimizer, 1e9, 64, 64 * k)
+        rescale(optimizer, wanted, scaling, carry=True)
+        set_learning_rate(optimizer, 1e-3 * scaling.learning_rate)
+        for _ in range(400 // k):
+            weights.matrix.grad = weights.matrix.detach().clone()
+            optimizer.step()
+        ends[k] = weights.matrix.item()
+    assert ends[4] == pytest.approx(ends[1], rel=0.1)
+    assert ends[1] < 0.1
 
 
 # -- against torch's own -----------------------------------------------------------------------
