@@ -485,6 +485,22 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
     )
 
 
+def save_after(config: RunConfig, task: Toy, folder: Path, steps: int) -> None:
+    """Take some steps and save what they left."""
+    engine = make_engine(config, task)
+    layout = plan_for(config, task).layout
+    for step in range(steps):
+        step_at(engine, config, task, step * layout.global_batch, layout, 0.01)
+    engine.save(folder)
+
+
+def reshape(config: RunConfig, task: Toy, before: Path, after: Path) -> None:
+    """Take up what was saved anywhere, and save it from here."""
+    engine = make_engine(config, task)
+    engine.load_reshaped(before, local_buffers(engine.module))
+    engine.save(after)
+
+
 def optimizer_after_restore(config: RunConfig, task: Task, root: Path, driver: str) -> list[dict[str, Any]]:
     """Each parameter group's settings once the newest checkpoint is loaded."""
     run = _training(config, task, RunFolder(root), driver, None)

@@ -25,6 +25,8 @@ class Simulation:
     step_time: Callable[[Layout], float] = lambda layout: (
         0.004 + layout.accumulation * (0.016 + 1e-4 * layout.micro_batch)
     )
+    speed: Callable[[int], float] = lambda _: 1.0
+    """How fast the machine is at a step: other people use it too."""
     loss: Callable[[float, Layout], float] = lambda progress, _: 0.5 + 4.0 * progress**-0.3
     layout: Layout = dataclasses.field(default_factory=lambda: Layout(2, 8, 1))
     reference: int = 16
@@ -38,6 +40,10 @@ class Simulation:
     time_s: float = 0.0
     decisions: list[tuple[int, Decision]] = dataclasses.field(default_factory=list)
     layouts: list[Layout] = dataclasses.field(default_factory=list)
+    chance: np.random.Generator = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chance = np.random.default_rng(self.seed)
 
     def observe(self) -> Observation:
         return Observation(
@@ -53,26 +59,25 @@ class Simulation:
             times=self.history.times,
             trend=self.history.trend,
             change=self.history.change,
-            ambition=self.history.ambition,
+            ambition=self.history.ambition_at(self.progress),
             reversals=self.history.reversals,
             micro_batch_limit=self.limit,
         )
 
     def run(self, steps: int) -> Simulation:
-        generator = np.random.default_rng(self.seed)
         for _ in range(steps):
             decision = self.policy.decide(self.observe()) if self.step else None
-            self._take(generator)
+            self._take()
             if decision is not None:
                 self.decisions.append((self.step, decision))
                 before, self.layout = self.layout, decision.layout
                 self.history = self.history.changed(decision.kind, self.step, self.progress, before, self.layout)
         return self
 
-    def _take(self, generator: np.random.Generator) -> None:
-        layout, noise = self.layout, self.noise_scale(self.progress)
+    def _take(self) -> None:
+        generator, layout, noise = self.chance, self.layout, self.noise_scale(self.progress)
         self.layouts.append(layout)
-        seconds = self.step_time(layout) * generator.lognormal(0.0, 0.03)
+        seconds = self.step_time(layout) / self.speed(self.step) * generator.lognormal(0.0, 0.03)
         measured = self.history.measures(self.step + 1, self.settings)
         self.step += 1
         self.time_s += seconds

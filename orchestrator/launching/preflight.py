@@ -26,8 +26,8 @@ __all__ = [
     "write_identity",
 ]
 
-# Sections that change what a run says or survives, but not what it computes.
-FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint")
+# Sections that change what a run says or survives, or on how many workers it goes on, but not what it computes.
+FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint", "scale")
 
 
 @dataclass(frozen=True)

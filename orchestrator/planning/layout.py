@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.errors import ConfigError
 
-__all__ = ["Layout", "lay_out"]
+__all__ = ["Layout", "lay_out", "refactor"]
 
 Choice = int | Literal["auto"]
 
@@ -61,6 +61,24 @@ def lay_out(global_batch: int, workers: int, *, micro_batch: Choice = "auto", ac
     if accumulation != "auto":
         return Layout(workers, _factor(global_batch, workers, "accumulation", accumulation), accumulation)
     return Layout(workers, share, 1)
+
+
+def refactor(before: Layout, workers: int, *, micro_batch: Choice = "auto", accumulation: Choice = "auto") -> Layout:
+    """Lay ``before``'s global batch out over another number of workers.
+
+    The micro batch is the largest that divides a worker's share and is no larger than the one that ran: it is known to
+    fit. A batch that the workers do not divide goes to the nearest that they do.
+    """
+    if micro_batch != "auto" and accumulation != "auto":
+        return Layout(workers, micro_batch, accumulation)
+    pinned = next((n for n in (micro_batch, accumulation) if n != "auto"), 1)
+    share = max(1, round(before.global_batch / workers / pinned)) * pinned
+    if micro_batch != "auto":
+        return Layout(workers, micro_batch, share // micro_batch)
+    if accumulation != "auto":
+        return Layout(workers, share // accumulation, accumulation)
+    largest = max(size for size in range(1, min(share, before.micro_batch) + 1) if share % size == 0)
+    return Layout(workers, largest, share // largest)
 
 
 def _factor(global_batch: int, workers: int, field: str, value: int) -> int:

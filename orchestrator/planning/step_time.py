@@ -224,7 +224,8 @@ class StepTimes:
     current: tuple[int, int, int, int] | None = None
     """The layout of the last step."""
     steps_in_a_row: int = 0
-    """Steps of it in a row: the first ones, also after a return to it, are warm-up."""
+    """Steps of it in a row: the first ones, also after a return to it, are warm-up. A return is timed anew: what the
+    machine did then is compared with nothing that it does now."""
 
     def observe(
         self,
@@ -241,9 +242,9 @@ class StepTimes:
         in_a_row = self.steps_in_a_row + 1 if key == self.current else 1
         if in_a_row <= WARM_UP_STEPS:
             return StepTimes(self.layouts, key, in_a_row)
-        known = self._of(key) or LayoutTimes(*key)
+        known = self._of(key) if in_a_row > WARM_UP_STEPS + 1 else None
         others = tuple(layout for layout in self.layouts if (*layout.place, layout.accumulation) != key)
-        return StepTimes((*others, known.after(step_time_s, accumulation_time_s)), key, in_a_row)
+        return StepTimes((*others, (known or LayoutTimes(*key)).after(step_time_s, accumulation_time_s)), key, in_a_row)
 
     def count(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> int:
         """Steps of this layout that were timed, the warm-up not counted."""

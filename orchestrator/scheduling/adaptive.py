@@ -4,11 +4,13 @@ How it decides, in this order (each step is one method):
 
 1. Guard. The loss since the last change lies above what the trend before it foretold, by ``guard_sigma`` standard
    errors and ``NOTABLE`` of its size: go back, and decide on half the noise scale from then on.
-2. Explore, in ordinary training steps. Two micro batches must have been timed before their effect can be told from
+2. Verify. Once the new layout is timed, its goodput is held against that of the one it replaced, which ran just before:
+   two timings of the same minutes are worth more than any model. The worse one is left.
+3. Explore, in ordinary training steps. Two micro batches must have been timed before their effect can be told from
    the fixed cost of a step: the same global batch is run in halves for a few steps. Later, where the model of step
    times sees no gain in a batch that nobody has timed and that costs little of a sample's worth, it is tried once: a
    few timed steps are worth more than a model, and the better of the two is kept.
-3. Improve. Of all layouts within the bounds, memory and a factor of 2 of the batch in use, the one with the highest
+4. Improve. Of all layouts within the bounds, memory and a factor of 2 of the batch in use, the one with the highest
    goodput, if it promises ``min_gain`` more and saves more time over the rest of the run than the change costs.
    Growing is decided on the lower bound of the noise scale, shrinking on the upper: what is not known argues for
    leaving things alone, and a stationary problem is left alone for good.
@@ -47,6 +49,10 @@ NOTABLE = 0.02
 """A loss is worse only if it is so by this share of itself too. Assumption."""
 SWITCH_STEPS = 3
 """What a change costs, in steps of the new layout: allocation, warm-up. Assumption, generous."""
+VERIFIED_AT = (4, 8, 16)
+"""Timed steps after which a change is held against what it replaced."""
+DOUBT = 0.4
+"""n timed steps may be off by this share over n: after four a loss of a tenth shows. Assumption."""
 LARGEST_GROWTH = 2
 MOST_DOUBLINGS = 8
 ACCUMULATION_MARGIN = 0.1
@@ -64,7 +70,7 @@ class GoodputPolicy:
 
     def decide(self, seen: Observation) -> Decision | None:
         """The change to make now, or None."""
-        return self._guard(seen) or self._explore(seen) or self._improve(seen)
+        return self._guard(seen) or self._verify(seen) or self._explore(seen) or self._improve(seen)
 
     # -- 1. guard --
 
@@ -85,7 +91,30 @@ class GoodputPolicy:
         )
         return Decision("revert", change.before, reason)
 
-    # -- 2. explore --
+    # -- 2. verify --
+
+    def _verify(self, seen: Observation) -> Decision | None:
+        change, timed = seen.change, _timed_steps(seen, seen.layout)
+        if change is None or change.kind not in ("grow", "shrink") or timed not in VERIFIED_AT:
+            return None
+        low, high = self.bounds(seen)
+        model = seen.times.model()
+        if seen.noise_scale is None or model is None or not low <= change.before.global_batch <= high:
+            return None
+        known = seen.ambition * seen.noise_scale.low if change.kind == "grow" else seen.noise_scale.high
+        now, before = (
+            rate(model, known, seen.reference_batch, seen.nodes, one) for one in (seen.layout, change.before)
+        )
+        if now.goodput >= (1.0 - DOUBT / timed) * before.goodput:
+            return None
+        reason = (
+            f"timed at {1e3 * now.step_time_s:.3g} ms a step, batch {seen.layout.global_batch} gives "
+            f"{now.goodput:,.0f} reference samples/s, less than {before.goodput:,.0f} with batch "
+            f"{change.before.global_batch}"
+        )
+        return Decision("settle", change.before, reason, now, before)
+
+    # -- 3. explore --
 
     def _explore(self, seen: Observation) -> Decision | None:
         if not self.settings.explore or _is_exploring(seen) or _timed_steps(seen, seen.layout) < UNDISTURBED_STEPS:
@@ -114,7 +143,7 @@ class GoodputPolicy:
         )
         return Decision("explore", larger, reason)
 
-    # -- 3. improve --
+    # -- 4. improve --
 
     def _improve(self, seen: Observation) -> Decision | None:
         exploring = _is_exploring(seen)

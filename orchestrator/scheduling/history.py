@@ -54,6 +54,9 @@ class History:
     trend: LossTrend = field(default_factory=LossTrend)
     change: Change | None = None
     ambition: float = 1.0
+    """As it was left by the last revert; ``ambition_at`` tells today's."""
+    reverted_at: float = 0.0
+    """Progress at the last revert, in reference samples."""
     reversals: int = 0
     """Changes that took an earlier one back, wholly or in part: a sign that what is measured is less certain than it
     looks."""
@@ -83,9 +86,19 @@ class History:
         return replace(
             self,
             change=Change(kind, step, progress, before, Deviation(self.trend)),
-            ambition=self.ambition / 2.0 if kind == "revert" else self.ambition,
+            ambition=self.ambition_at(progress) / 2.0 if kind == "revert" else self.ambition,
+            reverted_at=progress if kind == "revert" else self.reverted_at,
             reversals=self.reversals + reversed_,
         )
+
+    def ambition_at(self, progress: float) -> float:
+        """Factor on the noise scale to decide on: halved by each revert, doubled, to 1 at most, as progress doubles.
+
+        What the loss did not bear early in a run says little about later: noise scales grow.
+        """
+        if self.ambition >= 1.0 or self.reverted_at <= 0.0:
+            return self.ambition
+        return min(1.0, self.ambition * 2.0 ** math.floor(math.log2(progress / self.reverted_at)))
 
     def measures(self, step: int, policy: BatchPolicy) -> bool:
         """Whether optimizer step ``step`` (from 1 on) measures the gradient noise."""
@@ -127,6 +140,7 @@ class History:
             "trend": self.trend.to_dict(),
             "change": None if self.change is None else self.change.to_dict(),
             "ambition": self.ambition,
+            "reverted_at": self.reverted_at,
             "reversals": self.reversals,
             "noise_interval": self.noise_interval,
             "noise_cost_s": self.noise_cost_s,
@@ -143,6 +157,7 @@ class History:
             trend=LossTrend.from_dict(saved["trend"]),
             change=None if saved["change"] is None else Change.from_dict(saved["change"]),
             ambition=saved["ambition"],
+            reverted_at=saved["reverted_at"],
             reversals=saved["reversals"],
             noise_interval=saved["noise_interval"],
             noise_cost_s=saved["noise_cost_s"],

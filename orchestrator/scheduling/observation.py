@@ -12,10 +12,11 @@ from orchestrator.scheduling.noise_scale import NoiseScale
 
 __all__ = ["KINDS", "Alternative", "Change", "Decision", "Observation", "Policy"]
 
-Kind = Literal["explore", "settle", "grow", "shrink", "revert", "ramp"]
+Kind = Literal["explore", "settle", "grow", "shrink", "revert", "ramp", "refactor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """explore: time another micro batch, at the same global batch or at twice as much; settle: take the better of the two;
-grow, shrink: another global batch; revert: take a change back; ramp: as written down."""
+grow, shrink: another global batch; revert: the loss did not like it; ramp: as written down; refactor: the same batch
+over another number of workers."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Observation:
     change: Change | None = None
     """The last change; None before the first."""
     ambition: float = 1.0
-    """Factor on the noise scale that decisions are made on; halved each time a change is taken back."""
+    """Factor on the noise scale that decisions are made on; halved each time the loss did not like a change."""
     reversals: int = 0
     """How often a change was taken back so far."""
     micro_batch_limit: int | None = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["averaged", "load_local_buffers", "local_buffers"]
+__all__ = ["averaged", "load_local_buffers", "local_buffers", "mean_of"]
 
 
 @contextlib.contextmanager
@@ -39,6 +39,17 @@ def load_local_buffers(model: nn.Module, saved: dict[str, torch.Tensor]) -> None
     for name, buffer in model.named_buffers():
         if name in saved:
             buffer.copy_(saved[name])
+
+
+def mean_of(ranks: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What ``averaged`` shows of the buffers of several ranks, from copies of them."""
+    first = ranks[0]
+    return {
+        name: torch.stack([own[name].double() for own in ranks]).mean(dim=0).to(buffer.dtype)
+        if buffer.is_floating_point()
+        else buffer
+        for name, buffer in first.items()
+    }
 
 
 @torch.no_grad()

@@ -25,13 +25,14 @@ import torch.distributed as dist
 from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import read_json, write_json
+from orchestrator.training.buffers import mean_of
 from orchestrator.training.engine import Engine
 from orchestrator.training.state import TrainState
 
 __all__ = ["Checkpoints", "list_checkpoints", "set_aside_after", "verify"]
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 DRAFT = ".draft-"
 # What DeepSpeed 0.19.8's own files name beyond tensors, seen in stages 0 to 3 with every precision and optimizer:
 # an enum of stages, a dataclass of two offsets, and two loss scalers that hold a few numbers. Making one runs no
@@ -59,8 +60,11 @@ class Checkpoints:
     def restore(self, engine: Engine) -> TrainState | None:
         """Load the newest checkpoint into ``engine``, or return None where there is none.
 
+        Saved at another number of workers or another ZeRO stage it is taken apart and put together anew; the state is
+        returned as it was saved, with the layout it was saved with.
+
         Raises:
-            CheckpointError: it fails its checks, or was saved at another layout.
+            CheckpointError: it fails its checks, or was saved in another precision.
         """
         existing = list_checkpoints(self.root)
         if not existing:
@@ -68,14 +72,20 @@ class Checkpoints:
         newest = existing[-1]
         manifest = self._verified_by_all(newest)
         saved = manifest["layout_key"]
-        if saved != self.layout_key:
+        if saved["precision"] != self.layout_key["precision"]:
             raise CheckpointError(
                 f"{newest} was saved with {_describe(saved)} and this run has {_describe(self.layout_key)}: "
-                "continue with the same, or start anew with --fresh"
+                f"continue with layout.precision={saved['precision']}, or start anew with --fresh"
             )
-        mine = torch.load(newest / _rank_file(), weights_only=True, map_location="cpu")
-        engine.load(newest, mine["buffers"])
-        _set_random_state(mine["random"])
+        if saved == self.layout_key:
+            mine = _rank_state(newest)
+            engine.load(newest, mine["buffers"])
+            _set_random_state(mine["random"])
+        else:
+            ranks = [_rank_state(newest, rank) for rank in range(saved["workers"])]
+            engine.load_reshaped(newest, mean_of([one["buffers"] for one in ranks]))
+            if dist.get_rank() < len(ranks):  # a new rank's generators have drawn nothing yet
+                _set_random_state(ranks[dist.get_rank()]["random"])
         return TrainState.from_dict(manifest["state"])
 
     def save(self, engine: Engine, state: TrainState) -> Path:
@@ -188,6 +198,12 @@ def _seal(manifest: dict[str, Any]) -> str:
 def _delete(checkpoint: Path) -> None:
     """Take the name away first: what is half deleted is no checkpoint."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")))
+
+
+def _rank_state(checkpoint: Path, rank: int | None = None) -> dict[str, Any]:
+    """A rank's own buffers and generators; this one's unless another is named."""
+    loaded: dict[str, Any] = torch.load(checkpoint / _rank_file(rank), weights_only=True, map_location="cpu")
+    return loaded
 
 
 def _rank_file(rank: int | None = None) -> str:

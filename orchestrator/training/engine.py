@@ -24,9 +24,16 @@ from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
 from orchestrator.training.gradient_noise import GradientNorms
-from orchestrator.training.optimizer import add_penalties, build_optimizer, rescale, set_learning_rate
+from orchestrator.training.optimizer import (
+    add_penalties,
+    build_optimizer,
+    parameters_in_order,
+    rescale,
+    set_learning_rate,
+)
 from orchestrator.training.precision import DTYPES, compute_in
 from orchestrator.training.recompute import checkpoint_blocks
+from orchestrator.training.reshard import Shards, take_up
 from orchestrator.training.state import StepStats
 
 Columns = Mapping[str, "NDArray[Any]"]
@@ -115,6 +122,9 @@ class Engine:
         model = _fit_out(task.model(), plan, sync_batch_norm=config.layout.sync_batch_norm).to(device)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"the model {type(model).__name__} has no trainable parameter: nothing can be learnt")
+        named = {p: name for name, p in model.named_parameters()}
+        # Asked now: ZeRO stage 3 takes the shapes away that penalties go by.
+        self._names_in_order = [named[p] for p in parameters_in_order(model, config.recipe.penalties)]
         self._engine = _initialize(model, config, plan)
         self._engine.train()
         self._update_s = 0.0
@@ -217,6 +227,19 @@ class Engine:
         for group, settings in zip(self._engine.optimizer.param_groups, groups, strict=True):
             group.update(settings)
         load_local_buffers(self.module, own_buffers)
+
+    def load_reshaped(self, folder: Path, buffers: dict[str, torch.Tensor]) -> None:
+        """Take up what ``save`` wrote at another number of workers or another ZeRO stage; ``buffers`` for every rank.
+
+        Raises:
+            CheckpointError: weights or state are missing there, or one side is in 16 bit at stage 0.
+        """
+        trainable: dict[torch.Tensor, str] = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+        groups = [_settings(group) for group in self._engine.optimizer.param_groups]
+        take_up(self._engine.optimizer, trainable, Shards.open(folder / TAG, self._names_in_order))
+        for group, settings in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+        load_local_buffers(self.module, buffers)
 
     def _accumulate(
         self, micro_batches: Sequence[Columns], norms: GradientNorms | None

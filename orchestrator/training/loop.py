@@ -60,6 +60,7 @@ def train(run: Training) -> Outcome:
     stream = Stream(run.plan.train_samples, run.config.seed)
     state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config)
     run.recorder.begin(state)
+    state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
     saved_step, saved_at, stop = state.step, time.monotonic(), False
     while not (reason := run.plan.finished(state)) and not stop:
@@ -91,6 +92,14 @@ def train(run: Training) -> Outcome:
     if saved_step < state.step:
         run.checkpoints.save(run.engine, state)
     return Outcome(state, reason or "stop requested", stopped=reason is None)
+
+
+def _over_the_workers(run: Training, state: TrainState) -> TrainState:
+    """The same global batch over the workers that there are now, where a checkpoint comes from another number."""
+    if (decision := run.scheduler.refactor(state)) is None:
+        return state
+    run.recorder.decision(state, decision)
+    return state.changed(decision.kind, decision.layout)
 
 
 def _act(

@@ -16,7 +16,14 @@ from torch import nn
 from orchestrator.config import SGD, AdamW, Penalties, Recipe
 from orchestrator.scheduling.learning_rate import Scaling
 
-__all__ = ["add_penalties", "build_optimizer", "carry_second_moment", "rescale", "set_learning_rate"]
+__all__ = [
+    "add_penalties",
+    "build_optimizer",
+    "carry_second_moment",
+    "parameters_in_order",
+    "rescale",
+    "set_learning_rate",
+]
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, *, device: str) -> torch.optim.Optimizer:
@@ -25,6 +32,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, device: str) -> torch.o
     Its groups carry the penalties, which act once ``add_penalties`` has been called.
     """
     return _bare(_groups(model, recipe.penalties), recipe, device)
+
+
+def parameters_in_order(model: nn.Module, penalties: Penalties) -> list[nn.Parameter]:
+    """``model``'s trainable parameters in the order in which ``build_optimizer`` lines them up."""
+    return [parameter for group in _groups(model, penalties) for parameter in group["params"]]
 
 
 def add_penalties(optimizer: torch.optim.Optimizer) -> None:
@@ -125,8 +137,9 @@ def _apply_penalties(optimizer: torch.optim.Optimizer, *_: object) -> None:
             _penalise(weights, group["lr"] * decay, l2, l1)
         # Of penalty and loss alike: both are what the optimizer sums.
         if (share := group.get("gradient", 1.0)) != 1.0:
-            for weight in weights:
-                weight.grad.mul_(share)
+            for gradient in (weight.grad for weight in weights):
+                assert gradient is not None
+                gradient.mul_(share)
 
 
 def _with_gradient(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

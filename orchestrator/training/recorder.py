@@ -75,7 +75,7 @@ class Recorder:
             seen = {
                 "noise_scale": None if known is None else asdict(known),
                 "loss": state.loss,
-                "ambition": state.history.ambition,
+                "ambition": state.history.ambition_at(state.progress),
                 "timings": [asdict(timing) for timing in state.history.times.timings()],
             }
             record = {"event": "decided", "before": asdict(state.layout), **asdict(decision), "seen": seen}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from orchestrator.config import RunConfig
-from orchestrator.planning.layout import Layout
+from orchestrator.planning.layout import Layout, refactor
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.adaptive import TIMED_STEPS
 from orchestrator.scheduling.learning_rate import Scaling, scale
@@ -36,6 +36,18 @@ class Scheduler:
         if not self.decides or state.step == 0:
             return None
         return self.policy.decide(observe(state, self.plan, self.config, self.memory.largest_micro_batch()))
+
+    def refactor(self, state: TrainState) -> Decision | None:
+        """What becomes of the batch when the workers are not those of ``state``; the same answer on every rank."""
+        before, workers, pinned = state.layout, self.plan.layout.workers, self.config.layout
+        if before.workers == workers:
+            return None
+        after = refactor(before, workers, micro_batch=pinned.micro_batch, accumulation=pinned.accumulation)
+        kept = after.global_batch == before.global_batch
+        reason = (
+            f"{before.workers} -> {workers} workers: global batch {'kept' if kept else 'as near as they divide it'}"
+        )
+        return Decision("refactor", after, reason)
 
     def measures(self, state: TrainState) -> bool:
         """Whether the step after ``state`` measures the gradient noise."""
@@ -86,7 +98,7 @@ def observe(state: TrainState, plan: Plan, config: RunConfig, micro_batch_limit:
         times=history.times,
         trend=history.trend,
         change=history.change,
-        ambition=history.ambition,
+        ambition=history.ambition_at(state.progress),
         reversals=history.reversals,
         micro_batch_limit=micro_batch_limit,
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.layout import Layout, lay_out
+from orchestrator.planning.layout import Layout, lay_out, refactor
 
 batches = st.integers(1, 2000)
 workers = st.integers(1, 12)
@@ -113,3 +113,35 @@ def test_every_remedy_works(batch: int, workers: int, micro_batch: int) -> None:
         else:
             for other in re.search(r"use (.*?), or another", message)[1].split(" or "):
                 lay_out(int(other), workers)
+
+
+# -- other workers -----------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(1, 64))
+def test_other_workers_keep_the_batch_and_what_is_known_to_fit(
+    before: int, micro_batch: int, accumulation: int, workers: int
+) -> None:
+    old = Layout(before, micro_batch, accumulation)
+    new = refactor(old, workers)
+    assert new.workers == workers
+    assert new.micro_batch <= micro_batch
+    if old.global_batch % workers == 0:
+        assert new.global_batch == old.global_batch
+    else:
+        assert abs(new.global_batch - old.global_batch) < workers
+
+
+@given(st.integers(1, 16), st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
+def test_other_workers_keep_what_is_pinned(before: int, micro_batch: int, accumulation: int, workers: int) -> None:
+    old = Layout(before, micro_batch, accumulation)
+    assert refactor(old, workers, micro_batch=micro_batch).micro_batch == micro_batch
+    assert refactor(old, workers, accumulation=accumulation).accumulation == accumulation
+    both = refactor(old, workers, micro_batch=micro_batch, accumulation=accumulation)
+    assert both == Layout(workers, micro_batch, accumulation)
+
+
+def test_half_the_workers_take_twice_as_many_micro_batches() -> None:
+    assert refactor(Layout(4, 32, 1), 2) == Layout(2, 32, 2)
+    assert refactor(Layout(2, 32, 2), 4) == Layout(4, 32, 1)
+    assert refactor(Layout(2, 16, 1), 3) == Layout(3, 11, 1)

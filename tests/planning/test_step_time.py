@@ -158,7 +158,7 @@ def test_the_first_steps_of_a_layout_are_warm_up_and_hiccups_do_not_count() -> N
     assert times.count(**at((8, 1))) == 5
     back = watch(watch(times, (4, 1), [0.01]), (8, 1), [9.0, 9.0, 0.02])
     assert back.observed_step_time_s(**at((8, 1))) == 0.02
-    assert back.count(**at((8, 1))) == 6
+    assert back.count(**at((8, 1))) == 1, "a return is timed anew"
     assert times.micro_batches(nodes=1, workers=2) == {8}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from orchestrator.scheduling.fixed import FixedPolicy
 from orchestrator.scheduling.history import History
 from orchestrator.scheduling.loss_trend import Deviation, LossTrend
 from orchestrator.scheduling.noise_scale import NoiseScale
-from orchestrator.scheduling.observation import Alternative, Change, Observation
+from orchestrator.scheduling.observation import Alternative, Change, Observation, Policy
 from orchestrator.scheduling.policy import make_policy, measures_noise
 from orchestrator.scheduling.ramp import RampPolicy
 from orchestrator.scheduling.reach import Reach
@@ -127,6 +128,57 @@ def test_a_change_that_hurts_the_loss_is_taken_back_and_ambition_halved() -> Non
     assert reverts[0].layout.global_batch == 32
     assert "above its trend" in reverts[0].reason
     assert run.history.ambition < 1.0
+
+
+def test_a_change_that_turns_out_slower_is_left_as_soon_as_it_is_timed() -> None:
+    """From 32 samples a worker on a step takes three times as long, which no timing before could tell."""
+
+    def cliff(layout: Layout) -> float:
+        return 0.004 + layout.accumulation * (0.016 + 1e-4 * layout.micro_batch) * (
+            3.0 if layout.micro_batch > 31 else 1.0
+        )
+
+    run = Simulation(goodput(), step_time=cliff, layout=Layout(2, 8, 1)).run(400)
+    grown = next(step for step, d in run.decisions if d.kind == "grow" and d.layout.micro_batch > 31)
+    left, settled = next((step, d) for step, d in run.decisions if step > grown)
+    assert settled.kind == "settle"
+    assert settled.layout.micro_batch < 32
+    assert "less than" in settled.reason
+    assert left - grown <= 10
+    assert settled.now is not None
+    assert settled.then is not None
+    assert settled.now.goodput < settled.then.goodput
+    assert run.history.reversals >= 1
+
+
+@pytest.mark.slow
+def test_a_machine_that_others_use_too_is_read_right_all_the_same() -> None:
+    """Its speed changes by a fifth every few dozen steps; a wrong turn is taken back at once."""
+    changes = np.random.default_rng(5)
+    speeds = [
+        float(np.exp(changes.normal(0.0, 0.18))) for _ in range(600) for _ in range(int(changes.integers(20, 150)))
+    ]
+
+    def time_of(policy: Policy, layout: Layout) -> float:
+        run = Simulation(policy, noise_scale=lambda progress: 60.0 + progress**0.5, layout=layout, reference=8)
+        run.length, run.train_samples = 34_500.0, 1437
+        run.step_time = lambda layout: 0.004 + layout.accumulation * (0.014 + 2.2e-4 * layout.micro_batch)
+        run.speed = lambda _: speeds[int(30.0 * run.time_s) % len(speeds)]
+        while run.progress < 34_500.0:
+            run.run(1)
+        return run.time_s
+
+    best = min(time_of(FixedPolicy(), Layout(2, micro_batch, 1)) for micro_batch in (32, 64, 128))
+    assert time_of(goodput(), Layout(2, 4, 1)) < 1.15 * best
+
+
+def test_ambition_comes_back_as_the_run_gets_on() -> None:
+    history = History().changed("grow", 10, 100.0, Layout(2, 8, 1), Layout(2, 16, 1))
+    history = history.changed("revert", 20, 200.0, Layout(2, 16, 1), Layout(2, 8, 1))
+    assert [history.ambition_at(progress) for progress in (200.0, 399.0, 400.0, 1e6)] == [0.5, 0.5, 1.0, 1.0]
+    again = history.changed("revert", 30, 300.0, Layout(2, 16, 1), Layout(2, 8, 1))
+    assert [again.ambition_at(progress) for progress in (300.0, 600.0, 1200.0, 1e6)] == [0.25, 0.5, 1.0, 1.0]
+    assert History.from_dict(again.to_dict()) == again
 
 
 def test_decisions_keep_their_distance_and_say_why() -> None:

@@ -1,4 +1,4 @@
-"""Two groups of worker processes that all tests of this folder share."""
+"""Groups of worker processes that all tests of this folder share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from gloo import GlooGroup
 def two() -> Iterator[GlooGroup]:
     """Two workers."""
     group = GlooGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def three() -> Iterator[GlooGroup]:
+    """Three workers."""
+    group = GlooGroup(3)
     yield group
     group.close()
 

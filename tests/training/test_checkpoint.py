@@ -280,9 +280,9 @@ def test_a_changed_manifest(checkpoint: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     assert refusal(checkpoint) == f"checkpoint {checkpoint} is corrupt: manifest.json cannot be read as JSON"
     path.write_text(json.dumps({**json.loads(whole), "format": 1}))
-    assert refusal(checkpoint) == f"checkpoint {checkpoint}: no manifest of format 2"
+    assert refusal(checkpoint) == f"checkpoint {checkpoint}: no manifest of format 3"
     path.unlink()
-    assert refusal(checkpoint) == f"checkpoint {checkpoint}: no manifest of format 2"
+    assert refusal(checkpoint) == f"checkpoint {checkpoint}: no manifest of format 3"
 
 
 @pytest.mark.slow
@@ -360,24 +360,10 @@ def test_a_corrupt_one_is_refused_by_every_rank(two: GlooGroup, checkpoint: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "precision", "has"),
-    [(2, "fp32", "zero stage 2, precision fp32"), (1, "bf16", "zero stage 1, precision bf16")],
-)
-def test_another_layout(two: GlooGroup, checkpoint: Path, stage: int, precision: str, has: str) -> None:
-    ends = two.run(run_loop, config_of(ADAMW, stage, precision), Toy(mlp), *new_run(checkpoint.parents[1]))
+def test_another_precision(two: GlooGroup, checkpoint: Path) -> None:
+    ends = two.run(run_loop, config_of(ADAMW, 1, "bf16"), Toy(mlp), *new_run(checkpoint.parents[1]))
     message = (
-        f"{checkpoint} was saved with workers 2, zero stage 1, precision fp32 and this run has workers 2, {has}: "
-        "continue with the same, or start anew with --fresh"
+        f"{checkpoint} was saved with workers 2, zero stage 1, precision fp32 and this run has workers 2, "
+        "zero stage 1, precision bf16: continue with layout.precision=fp32, or start anew with --fresh"
     )
     assert {(end.error, end.message) for end in ends} == {("CheckpointError", message)}
-
-
-@pytest.mark.slow
-def test_another_number_of_workers(one: GlooGroup, checkpoint: Path) -> None:
-    config = toy_config(1, recipe={**ADAMW, "stop": Stop(steps=10)}, layout={"zero_stage": 1})
-    (end,) = one.run(run_loop, config, Toy(mlp), *new_run(checkpoint.parents[1]))
-    assert end.message == (
-        f"{checkpoint} was saved with workers 2, zero stage 1, precision fp32 and this run has workers 1, "
-        "zero stage 1, precision fp32: continue with the same, or start anew with --fresh"
-    )
