@@ -312,6 +312,8 @@ class BatchPolicy(Part):
     """Measure the gradient noise every so many steps at first; then as often as noise_cost allows."""
     noise_cost: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Share of the time of a step that measuring the gradient noise may take on average."""
+    noise_preconditioned: bool = False
+    """Measure the noise as Adam's update sees it, each parameter tensor over the root of its mean second moment."""
 
 
 class Fixed(BatchPolicy):

@@ -99,6 +99,7 @@ def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, eva
     checkpointing = config.layout.activation_checkpointing
     _check_ramp(config, train_samples)
     _check_combination(config, on_gpu, zero_stage, evaluation_samples)
+    _check_preconditioning(config, zero_stage, precision)
     return Plan(
         name=config.name,
         layout=layout,
@@ -242,6 +243,21 @@ def _check_combination(config: RunConfig, on_gpu: bool, zero_stage: int, evaluat
     if config.recipe.stop.metric is not None and not evaluation_samples:
         raise ConfigError(
             f"recipe.stop.metric={config.recipe.stop.metric!r} is measured on the evaluation set, and the job has none"
+        )
+
+
+def _check_preconditioning(config: RunConfig, zero_stage: int, precision: Precision) -> None:
+    if not config.policy.noise_preconditioned:
+        return
+    if (name := config.recipe.optimizer.name) not in ("adam", "adamw"):
+        raise ConfigError(
+            f"policy.noise_preconditioned=true divides by Adam's second moment, and recipe.optimizer.name={name!r} has "
+            "none to go by: set it to false, or use adam or adamw"
+        )
+    if zero_stage == 0 and precision != "fp32":
+        raise ConfigError(
+            f"policy.noise_preconditioned=true cannot see the optimizer's state in {precision} at layout.zero_stage=0: "
+            "set layout.zero_stage=1"
         )
 
 

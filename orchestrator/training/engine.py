@@ -23,10 +23,11 @@ from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
-from orchestrator.training.gradient_noise import GradientNorms
+from orchestrator.training.gradient_noise import GradientNorms, Preconditioner
 from orchestrator.training.optimizer import (
     add_penalties,
     build_optimizer,
+    innermost,
     parameters_in_order,
     rescale,
     set_learning_rate,
@@ -34,6 +35,7 @@ from orchestrator.training.optimizer import (
 from orchestrator.training.precision import DTYPES, compute_in
 from orchestrator.training.recompute import checkpoint_blocks
 from orchestrator.training.reshard import Shards, take_up
+from orchestrator.training.shares import shares
 from orchestrator.training.state import StepStats
 
 Columns = Mapping[str, "NDArray[Any]"]
@@ -126,6 +128,8 @@ class Engine:
         # Asked now: ZeRO stage 3 takes the shapes away that penalties go by.
         self._names_in_order = [named[p] for p in parameters_in_order(model, config.recipe.penalties)]
         self._engine = _initialize(model, config, plan)
+        self._preconditioner = self._watch_adam() if config.policy.noise_preconditioned else None
+        add_penalties(innermost(self._engine.optimizer))
         self._engine.train()
         self._update_s = 0.0
         # From here on each rank draws its own random numbers: dropout and augmentation differ between workers.
@@ -158,6 +162,10 @@ class Engine:
         started = time.perf_counter()
         set_learning_rate(self._engine.optimizer, learning_rate)
         norms = GradientNorms(self.module) if measure_noise else None
+        weighing_s = 0.0
+        if measure_noise and self._preconditioner is not None:
+            weighing_s = self._preconditioner.cost_s  # of the last time, which is when it is known
+            self._preconditioner.watch()
         if norms is not None and self._world_size * len(micro_batches) == 1:
             micro_batches = _halves(micro_batches[0])
         loss, times = self._accumulate(micro_batches, norms)
@@ -165,7 +173,7 @@ class Engine:
         own_small_sq = math.nan if norms is None else float(norms.sums.sum()) / max(norms.micro_batches, 1)
         # The small all-reduce travels while the update is computed, so it can only carry the time of the one before.
         step_s = self._update_s + accumulated - started
-        cost_s = 0.0 if norms is None else norms.cost_s
+        cost_s = 0.0 if norms is None else norms.cost_s + weighing_s
         shared = self._share(loss, own_small_sq, [step_s, times.micro_batch_s(), cost_s, *rank_zero_says])
         loss_scale = self._loss_scale()
         grad_norm, applied = self._apply()
@@ -173,6 +181,10 @@ class Engine:
         measured_norm = grad_norm if applied and self._loss_scale() == loss_scale else math.nan
         self._update_s = time.perf_counter() - accumulated
         mean_loss, small_sq, step_time_s, micro_batch_s, noise_cost_s, *said = shared()
+        if norms is not None and self._preconditioner is not None:
+            small_sums = norms.sums / max(norms.micro_batches, 1)
+            small_sq, big_sq = self._preconditioner.weigh(small_sums, measured_norm)
+            measured_norm = math.sqrt(big_sq) if big_sq >= 0.0 else math.nan
         return StepStats(
             loss=mean_loss,
             grad_norm=grad_norm,
@@ -264,6 +276,15 @@ class Engine:
                 total += loss.detach().double() / parts
                 watch.end_micro_batch()
         return total, watch
+
+    def _watch_adam(self) -> Preconditioner:
+        """Before penalties are added: they are no part of the gradient's noise."""
+        optimizer = self._engine.optimizer
+        trainable: dict[torch.Tensor, str] = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+        held = shares(optimizer, trainable)
+        assert held is not None, "the plan lets no preconditioning pass in 16 bit at stage 0"
+        sizes = {name: int(getattr(p, "ds_numel", p.numel())) for p, name in trainable.items()}
+        return Preconditioner(innermost(optimizer), held, sizes, sharded=self._plan.zero_stage > 0)
 
     def _apply(self) -> tuple[float, bool]:
         """Apply the accumulated gradient; returns its norm before clipping, and whether it was applied."""
@@ -412,7 +433,6 @@ def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
     if plan.zero_stage == 0 and plan.precision != "fp32":
         # The one of this case leaves that state behind, and Adam would count the step as its first.
         optimizer.state.clear()
-    add_penalties(optimizer)
     return engine
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "add_penalties",
     "build_optimizer",
     "carry_second_moment",
+    "innermost",
     "parameters_in_order",
     "rescale",
     "set_learning_rate",
@@ -68,7 +69,7 @@ def rescale(optimizer: Any, recipe: Recipe, scaling: Scaling, *, carry: bool) ->
     assert scaling.beta2 is not None
     before = optimizer.param_groups[0]["betas"][1]
     if carry and before != scaling.beta2:
-        carry_second_moment(_innermost(optimizer), before, scaling.beta2)
+        carry_second_moment(innermost(optimizer), before, scaling.beta2)
     for group in optimizer.param_groups:
         group["betas"] = (wanted.beta1, scaling.beta2)
         group["eps"] = wanted.eps * scaling.eps
@@ -88,7 +89,8 @@ def carry_second_moment(optimizer: torch.optim.Optimizer, old: float, new: float
             state["exp_avg_sq"].mul_((1.0 - new**steps) / (1.0 - old**steps))
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer inside DeepSpeed's wrappers."""
     while not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError
+from orchestrator.training.shares import Share, shares
 
 __all__ = ["Shards", "take_up"]
 
@@ -152,102 +153,52 @@ class Shards:
         self.scaler = {key: saved[key] for key in SCALER if key in saved}
 
 
-def take_up(optimizer: Any, names: dict[torch.Tensor, str], shards: Shards) -> None:
-    """Load this rank's share of ``shards`` into ``optimizer`` and into the weights it updates. All ranks call it.
+def take_up(optimizer: Any, names: Mapping[torch.Tensor, str], saved: Shards) -> None:
+    """Load this rank's share of ``saved`` into ``optimizer`` and into the weights it updates. All ranks call it.
 
     Args:
         optimizer: DeepSpeed's wrapper in stages 1 to 3, torch's own in stage 0 and fp32.
-        names: of every parameter of the model.
-        shards: of the same model, saved anywhere.
+        names: of every trainable parameter of the model.
+        saved: of the same model, from anywhere.
 
     Raises:
         CheckpointError: parameters are missing, or this optimizer cannot take them up.
     """
-    if isinstance(optimizer, torch.optim.Optimizer):
-        _take_up_whole(optimizer, names, shards)
-    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer.checkpoint_event_prologue()
-        optimizer.load_state_dict(_as_if_saved_here(_stage_3_state(optimizer, names, shards)))
-        optimizer.checkpoint_event_epilogue()
-    elif hasattr(optimizer, "update_lp_params"):
-        state = _stage_1_or_2_state(optimizer, names, shards)
-        optimizer.load_state_dict(_as_if_saved_here(state), load_from_fp32_weights=True)
-        optimizer.update_lp_params()
-    else:
+    held = shares(optimizer, names)
+    if held is None:
         raise CheckpointError(
             "ZeRO stage 0 in 16 bit takes up only what it saved itself: set layout.zero_stage=1, "
             "which one worker can use too"
         )
+    filled = [_filled(share, saved) for share in held]
+    weights = [tensors.pop(FP32) for tensors in filled]
+    # A step that two of them shared would be counted twice.
+    states = {i: {**copy.deepcopy(saved.scalars), **tensors} for i, tensors in enumerate(filled) if tensors}
+    state = optimizer.state_dict()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for share, values in zip(held, weights, strict=True):
+            share.tensor.data.copy_(values)
+        optimizer.load_state_dict({**state, "state": states})
+    elif "fp32_flat_groups" in state:
+        of_optimizer = {**state["optimizer_state_dict"], "state": states}
+        state |= {"fp32_flat_groups": weights, "optimizer_state_dict": of_optimizer, **saved.scaler}
+        optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict(_as_if_saved_here(state))
+        optimizer.checkpoint_event_epilogue()
+    else:
+        base = {**state["base_optimizer_state"], "state": states}
+        state |= {"single_partition_of_fp32_groups": weights, "base_optimizer_state": base, **saved.scaler}
+        optimizer.load_state_dict(_as_if_saved_here(state), load_from_fp32_weights=True)
+        optimizer.update_lp_params()
 
 
-@torch.no_grad()
-def _take_up_whole(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], shards: Shards) -> None:
-    saved = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for index, parameter in enumerate(parameters):
-        filled = _filled(parameter.numel(), [(names[parameter], 0, 0, parameter.numel())], shards)
-        parameter.copy_(filled.pop(FP32).view_as(parameter))
-        state[index] = {**_own(shards.scalars), **{key: value.view_as(parameter) for key, value in filled.items()}}
-    optimizer.load_state_dict({**saved, "state": state if len(shards.state_keys()) > 1 else {}})
-
-
-def _stage_1_or_2_state(optimizer: Any, names: dict[torch.Tensor, str], shards: Shards) -> dict[str, Any]:
-    saved = optimizer.state_dict()
-    groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
-    filled = [
-        _filled(share["params"][0].numel(), _slices(group, names), shards)
-        for share, group in zip(optimizer.param_groups, groups, strict=True)
-    ]
-    base = saved["base_optimizer_state"]
-    saved["single_partition_of_fp32_groups"] = [tensors.pop(FP32) for tensors in filled]
-    saved["base_optimizer_state"] = {**base, "state": _states(filled, shards)}
-    return {**saved, **shards.scaler}
-
-
-def _slices(group: Sequence[Any], names: dict[torch.Tensor, str]) -> Iterator[tuple[str, int, int, int]]:
-    for parameter in group:
-        if (mapping := parameter._hp_mapping) is not None:  # noqa: SLF001 - DeepSpeed's, set by its own loader too
-            here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-            yield names[parameter], here.start, there.start, here.numel
-
-
-def _stage_3_state(optimizer: Any, names: dict[torch.Tensor, str], shards: Shards) -> dict[str, Any]:
-    saved = optimizer.state_dict()
-    filled = [
-        _filled(flat.numel(), _parts(group, names), shards)
-        for flat, group in zip(saved["fp32_flat_groups"], optimizer.fp16_groups, strict=True)
-    ]
-    saved["fp32_flat_groups"] = [tensors.pop(FP32) for tensors in filled]
-    saved["optimizer_state_dict"] = {**saved["optimizer_state_dict"], "state": _states(filled, shards)}
-    return {**saved, **shards.scaler}
-
-
-def _parts(group: Sequence[Any], names: dict[torch.Tensor, str]) -> Iterator[tuple[str, int, int, int]]:
-    offset, rank = 0, dist.get_rank()
-    for parameter in group:
-        share, numel = parameter.partition_numel(), parameter.ds_numel
-        if (size := min(share, numel - rank * share)) > 0:
-            yield names[parameter], offset, rank * share, size
-        offset += share
-
-
-def _filled(size: int, slices: Any, shards: Shards) -> dict[str, torch.Tensor]:
-    """Flat tensors [size] of every key; each slice is (parameter, start here, start in the parameter, elements)."""
-    tensors = {key: torch.zeros(size) for key in shards.state_keys()}
-    for name, here, there, numel in slices:
+def _filled(share: Share, saved: Shards) -> dict[str, torch.Tensor]:
+    """Tensors of ``share``'s shape for every key."""
+    tensors = {key: torch.zeros(share.tensor.numel()) for key in saved.state_keys()}
+    for one in share.slices:
         for key, tensor in tensors.items():
-            shards.copy(name, key, there, tensor[here : here + numel])
-    return tensors
-
-
-def _states(filled: list[dict[str, torch.Tensor]], shards: Shards) -> dict[int, dict[str, Any]]:
-    return {index: {**_own(shards.scalars), **tensors} for index, tensors in enumerate(filled) if tensors}
-
-
-def _own(scalars: dict[str, Any]) -> dict[str, Any]:
-    """A step that is shared by two parameters would be counted twice."""
-    return copy.deepcopy(scalars)
+            saved.copy(one.name, key, one.there, tensor[one.here : one.here + one.numel])
+    return {key: tensor.view(share.tensor.shape) for key, tensor in tensors.items()}
 
 
 def _as_if_saved_here(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from orchestrator.config import (
     SGD,
     AdamW,
     EvaluationConfig,
+    Fixed,
     LayoutConfig,
     Ramp,
     Recipe,
@@ -373,3 +374,19 @@ def test_what_fits_is_not_refused() -> None:
     assert plan(train_samples=64).layout.global_batch == 64
     assert plan(recipe={"optimizer": SGD(learning_rate=0.1)}, evaluation_samples=0).evaluation_samples == 0
     assert re.match(r"global batch 60", plan(workers=(2, 4), layout={"global_batch": 60}).reasons[0])
+
+
+def test_preconditioned_noise_needs_adam_and_its_state() -> None:
+    policy = Fixed(noise_preconditioned=True)
+    with pytest.raises(
+        ConfigError, match=r"recipe.optimizer.name='sgd' has none to go by: set it to false, or use adam"
+    ):
+        plan(policy=policy, recipe={"optimizer": SGD(learning_rate=0.1)})
+    with pytest.raises(ConfigError, match=r"in bf16 at layout.zero_stage=0: set layout.zero_stage=1"):
+        plan(
+            CPUS,
+            policy=policy,
+            recipe={"optimizer": AdamW(learning_rate=0.1)},
+            layout={"zero_stage": 0, "precision": "bf16"},
+        )
+    plan(policy=policy, recipe={"optimizer": AdamW(learning_rate=0.1)})

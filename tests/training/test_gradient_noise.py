@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gloo import GlooGroup
 from gloo_jobs import Attention, Regression, Rows, Steep, Toy, measured_steps, mlp, tied, toy_config
-from orchestrator.config import SGD, RunConfig
+from orchestrator.config import SGD, AdamW, Fixed, Penalties, RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.scheduling.noise_scale import NoiseSample, NoiseScaleWindow
 from orchestrator.training.data import Stream
@@ -103,6 +103,70 @@ def test_a_single_sample_has_no_noise_to_show(one: GlooGroup) -> None:
     config = toy_config(1, recipe={"batch": 1})
     (step,) = one.run(measured_steps, config, Toy(mlp), [Layout(1, 1, 1)], 0.1)[0]
     assert step.noise is None
+
+
+def weighed_by_hand(config: RunConfig, task: Toy, layouts: Sequence[Layout]) -> list[NoiseSample]:
+    """The same with each tensor's gradient over the root of Adam's mean second moment, on weights that do not move."""
+    optimizer = config.recipe.optimizer
+    assert isinstance(optimizer, AdamW)
+    torch.manual_seed(config.seed)
+    model, stream, cursor, samples = task.model(), Stream(len(task.train), config.seed), 0, []
+    weights = list(model.parameters())
+
+    def gradients(positions: np.ndarray) -> list[Tensor]:
+        columns = task.train.take(positions)
+        loss = F.cross_entropy(model(torch.as_tensor(columns["x"])), torch.as_tensor(columns["y"]))
+        return [gradient.double() for gradient in torch.autograd.grad(loss, weights)]
+
+    moments = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
+    for step, layout in enumerate(layouts):
+        parts = [p for rank in range(layout.workers) for p in stream.micro_batches(cursor, layout, rank)]
+        whole = gradients(stream.indices(cursor, layout.global_batch))
+        if step:
+            scales = [1 / ((m.mean() / (1 - optimizer.beta2**step)).sqrt() + optimizer.eps) ** 2 for m in moments]
+            elements = sum(w.numel() for w in weights)
+            mean = sum(scale * w.numel() for scale, w in zip(scales, weights, strict=True)) / elements
+
+            def squares(tensors: Sequence[Tensor], scales: Sequence[Tensor] = scales, mean: Tensor = mean) -> float:
+                return float(sum(s / mean * t.square().sum() for s, t in zip(scales, tensors, strict=True)))
+
+            samples.append(
+                NoiseSample.from_norms(
+                    mean_small_sq=float(np.mean([squares(gradients(p)) for p in parts])),
+                    big_sq=squares(whole),
+                    small_batch=layout.micro_batch,
+                    small_batches=layout.workers * layout.accumulation,
+                )
+            )
+        norm = math.sqrt(sum(float(g.square().sum()) for g in whole))
+        clip = min(1.0, (config.recipe.clip_norm or math.inf) / norm)
+        seen = [
+            clip * g + (config.recipe.penalties.l2 * w.detach().double() if w.ndim > 1 else 0.0)
+            for g, w in zip(whole, weights, strict=True)
+        ]
+        moments = [optimizer.beta2 * m + (1 - optimizer.beta2) * g * g for m, g in zip(moments, seen, strict=True)]
+        cursor += layout.global_batch
+    return samples
+
+
+@slow
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "fp16"), (3, "bf16")]
+)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_noise_as_adam_sees_it(two: GlooGroup, stage: int, precision: str, clip: float | None) -> None:
+    """What is clipped and what penalties add goes into Adam's moments, and not into the noise that they weigh."""
+    recipe = {"optimizer": AdamW(learning_rate=0.01), "clip_norm": clip, "penalties": Penalties(l2=0.3)}
+    config = toy_config(
+        recipe=recipe,
+        layout={"zero_stage": stage, "precision": precision},
+        policy=Fixed(noise_preconditioned=True),
+    )
+    layouts = [Layout(2, *shape) for shape in [(4, 1), (4, 2), (8, 1), (2, 3)]]
+    expected = weighed_by_hand(config, Toy(mlp), layouts)
+    for steps in two.run(measured_steps, config, Toy(mlp), layouts, 0.0):
+        assert steps[0].noise is None, "Adam had no moments yet"
+        agree(steps[1:], expected, TOLERANCE[precision])
 
 
 @slow
