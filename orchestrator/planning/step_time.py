@@ -14,7 +14,9 @@
    residuals, with a Gaussian kernel that reaches a factor of 2 (``REACH``) in micro batch, workers and nodes. So a
    timed configuration is answered with its timing, its neighbours lean on it, and the rest is the form. Nothing is
    extrapolated from a single point across nodes: far from it the residual counts for nothing.
-6. During a run the median of the observed steps of a layout overrides all of this.
+6. During a run the median of the observed steps of a layout overrides all of this. Machines are shared and their speed
+   drifts: what the layout in use gains or loses against its own beginning (``pace``) is put on the earlier timings of
+   all others, so that timings of different minutes can be compared.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ STARTS = ((0.0, 0.5), (-2.0, 0.5), (2.0, 0.1), (0.0, 0.9))
 """Overlap (0 is halfway) and share of a micro batch's time that does not depend on its size."""
 KEPT_STEPS = 16
 WARM_UP_STEPS = 2
+LEVEL_STEPS = 8
+"""Timed steps of a layout that say how fast the machine is when its visit begins."""
+LEVEL_MEMORY = 16.0
+"""Steps over which the machine's speed is averaged afterwards; a hiccup counts as twice the usual time at most."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class LayoutTimes:
     """All that were timed; the latest are kept."""
     step_times_s: tuple[float, ...] = ()
     micro_batch_times_s: tuple[float, ...] = ()
+    pace: float = 1.0
+    """The machine's when the latest of them was taken."""
 
     def after(self, step_time_s: float | None, micro_batch_time_s: float | None) -> LayoutTimes:
         """With one more step, or with its micro batches' time alone."""
@@ -224,8 +232,11 @@ class StepTimes:
     current: tuple[int, int, int, int] | None = None
     """The layout of the last step."""
     steps_in_a_row: int = 0
-    """Steps of it in a row: the first ones, also after a return to it, are warm-up. A return is timed anew: what the
-    machine did then is compared with nothing that it does now."""
+    """Steps of it in a row: the first ones, also after a return to it, are warm-up; a return is timed anew."""
+    pace: float = 1.0
+    """How much longer than at the start of the run the same work takes."""
+    level_s: float = 0.0
+    """Step time of the layout in use, averaged over its latest steps; 0 until it is known."""
 
     def observe(
         self,
@@ -241,10 +252,17 @@ class StepTimes:
         key = (nodes, workers, micro_batch, accumulation)
         in_a_row = self.steps_in_a_row + 1 if key == self.current else 1
         if in_a_row <= WARM_UP_STEPS:
-            return StepTimes(self.layouts, key, in_a_row)
+            return StepTimes(self.layouts, key, in_a_row, self.pace)
         known = self._of(key) if in_a_row > WARM_UP_STEPS + 1 else None
         others = tuple(layout for layout in self.layouts if (*layout.place, layout.accumulation) != key)
-        return StepTimes((*others, (known or LayoutTimes(*key)).after(step_time_s, accumulation_time_s)), key, in_a_row)
+        known = (known or LayoutTimes(*key)).after(step_time_s, accumulation_time_s)
+        level_s, pace = self.level_s, self.pace
+        if step_time_s is not None and known.steps == LEVEL_STEPS:
+            level_s = statistics.median(known.step_times_s)
+        elif step_time_s is not None and level_s:
+            change = min(max(step_time_s / level_s, 0.5), 2.0) - 1.0
+            level_s, pace = level_s * (1.0 + change / LEVEL_MEMORY), pace * (1.0 + change / LEVEL_MEMORY)
+        return StepTimes((*others, replace(known, pace=pace)), key, in_a_row, pace, level_s)
 
     def count(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> int:
         """Steps of this layout that were timed, the warm-up not counted."""
@@ -258,14 +276,14 @@ class StepTimes:
     def observed_step_time_s(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> float | None:
         """Median time of this layout's step; None where it was not timed."""
         known = self._of((nodes, workers, micro_batch, accumulation))
-        return statistics.median(known.step_times_s) if known is not None and known.step_times_s else None
+        return self._step_time_s(known) if known is not None and known.step_times_s else None
 
     def timings(self) -> tuple[StepTiming, ...]:
         """One timing for each micro batch, from all accumulations it was run with."""
         places: dict[tuple[int, int, int], list[LayoutTimes]] = {}
         for layout in self.layouts:
             if layout.step_times_s:
-                places.setdefault(layout.place, []).append(layout)
+                places.setdefault(layout.place, []).append(self._now(layout))
         return tuple(_timing(place, layouts) for place, layouts in sorted(places.items()))
 
     def model(self) -> StepTimeModel | None:
@@ -274,9 +292,7 @@ class StepTimes:
         if not timings:
             return None
         observed = tuple(
-            Observed(*t.place, t.accumulation, statistics.median(t.step_times_s))
-            for t in self.layouts
-            if t.step_times_s
+            Observed(*t.place, t.accumulation, self._step_time_s(t)) for t in self.layouts if t.step_times_s
         )
         return replace(fit_step_time(timings), observed=observed)
 
@@ -290,7 +306,19 @@ class StepTimes:
         lists = ("step_times_s", "micro_batch_times_s")
         layouts = (LayoutTimes(**{**one, **{name: tuple(one[name]) for name in lists}}) for one in saved["layouts"])
         current = saved["current"]
-        return cls(tuple(layouts), None if current is None else tuple(current), saved["steps_in_a_row"])
+        current = None if current is None else tuple(current)
+        return cls(tuple(layouts), current, saved["steps_in_a_row"], saved["pace"], saved["level_s"])
+
+    def _step_time_s(self, layout: LayoutTimes) -> float:
+        return statistics.median(layout.step_times_s) * self.pace / layout.pace
+
+    def _now(self, layout: LayoutTimes) -> LayoutTimes:
+        """As the machine would do it now."""
+        drift = self.pace / layout.pace
+        steps = tuple(drift * t for t in layout.step_times_s)
+        return replace(
+            layout, step_times_s=steps, micro_batch_times_s=tuple(drift * t for t in layout.micro_batch_times_s)
+        )
 
     def _of(self, key: tuple[int, int, int, int]) -> LayoutTimes | None:
         return next((t for t in self.layouts if (*t.place, t.accumulation) == key), None)

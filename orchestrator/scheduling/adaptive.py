@@ -6,14 +6,15 @@ How it decides, in this order (each step is one method):
    errors and ``NOTABLE`` of its size: go back, and decide on half the noise scale from then on.
 2. Verify. Once the new layout is timed, its goodput is held against that of the one it replaced, which ran just before:
    two timings of the same minutes are worth more than any model. The worse one is left.
-3. Explore, in ordinary training steps. Two micro batches must have been timed before their effect can be told from
-   the fixed cost of a step: the same global batch is run in halves for a few steps. Later, where the model of step
-   times sees no gain in a batch that nobody has timed and that costs little of a sample's worth, it is tried once: a
-   few timed steps are worth more than a model, and the better of the two is kept.
-4. Improve. Of all layouts within the bounds, memory and a factor of 2 of the batch in use, the one with the highest
+3. Improve. Of all layouts within the bounds, memory and a factor of 2 of the batch in use, the one with the highest
    goodput, if it promises ``min_gain`` more and saves more time over the rest of the run than the change costs.
    Growing is decided on the lower bound of the noise scale, shrinking on the upper: what is not known argues for
-   leaving things alone, and a stationary problem is left alone for good.
+   leaving things alone, and a stationary problem is left alone for good. Where the model of step times sees no gain in
+   a batch that nobody has timed and that costs little of a sample's worth, it is tried once, and the better of the two
+   is kept.
+4. Explore, in ordinary training steps. Growing times a second micro batch by the way. A run that has not grown has
+   timed one, which cannot tell the effect of its size from the fixed cost of a step: the same global batch is run in
+   halves for a few steps, once.
 
 Goodput (Qiao et al. 2021, arXiv:2008.12260) = batch / step time x efficiency; the efficiency is that of McCandlish et
 al. 2018. An estimate made at a small batch is conservative for a large one, hence the factor of 2 and a new look.
@@ -45,6 +46,8 @@ LOOK_STEPS = 40
 GUARD_STEPS = 10
 GUARD_REACH = 1.25
 """The guard looks until progress has grown by this factor, and twice its steps: then a trend foretells nothing."""
+SUSPECT = 0.5
+"""A batch does not grow on while its loss is worse by this share of ``guard_sigma``. Assumption."""
 NOTABLE = 0.02
 """A loss is worse only if it is so by this share of itself too. Assumption."""
 SWITCH_STEPS = 3
@@ -70,26 +73,33 @@ class GoodputPolicy:
 
     def decide(self, seen: Observation) -> Decision | None:
         """The change to make now, or None."""
-        return self._guard(seen) or self._verify(seen) or self._explore(seen) or self._improve(seen)
+        return self._guard(seen) or self._verify(seen) or self._improve(seen) or self._explore(seen)
 
     # -- 1. guard --
 
     def _guard(self, seen: Observation) -> Decision | None:
+        if not self._is_worse(seen, self.settings.guard_sigma):
+            return None
         change = seen.change
-        if change is None or change.kind == "revert" or change.deviation.steps < GUARD_STEPS:
-            return None
+        assert change is not None
         deviation = change.deviation
-        over = seen.progress > GUARD_REACH * change.progress and deviation.steps > 2 * GUARD_STEPS
-        if over or change.before.global_batch == seen.layout.global_batch:
-            return None
-        loss = deviation.trend.wy / deviation.trend.weight
-        if deviation.sigmas < self.settings.guard_sigma or deviation.mean < NOTABLE * abs(loss):
-            return None
         reason = (
             f"loss {deviation.mean:.3g} above its trend ({deviation.sigmas:.1f} standard errors in {deviation.steps} "
             f"steps) since batch {seen.layout.global_batch}: back, and half the ambition"
         )
         return Decision("revert", change.before, reason)
+
+    def _is_worse(self, seen: Observation, sigmas: float) -> bool:
+        """Whether the loss since the last change lies above its trend, notably and by so many standard errors."""
+        change = seen.change
+        if change is None or change.kind == "revert" or change.deviation.steps < GUARD_STEPS:
+            return False
+        deviation = change.deviation
+        over = seen.progress > GUARD_REACH * change.progress and deviation.steps > 2 * GUARD_STEPS
+        if over or change.before.global_batch == seen.layout.global_batch:
+            return False
+        loss = deviation.trend.wy / deviation.trend.weight
+        return deviation.sigmas >= sigmas and deviation.mean >= NOTABLE * abs(loss)
 
     # -- 2. verify --
 
@@ -114,36 +124,7 @@ class GoodputPolicy:
         )
         return Decision("settle", change.before, reason, now, before)
 
-    # -- 3. explore --
-
-    def _explore(self, seen: Observation) -> Decision | None:
-        if not self.settings.explore or _is_exploring(seen) or _timed_steps(seen, seen.layout) < UNDISTURBED_STEPS:
-            return None
-        timed = seen.times.micro_batches(nodes=seen.nodes, workers=seen.layout.workers)
-        if timed == {seen.layout.micro_batch}:
-            other = _halved(seen.layout, self.reach)
-            if other is not None:
-                reason = f"micro batch {other.micro_batch} timed at the same global batch of {other.global_batch}"
-                return Decision("explore", other, reason)
-        return None
-
-    def _try_larger(self, seen: Observation, low: float) -> Decision | None:
-        """The doubled batch, where nobody knows how long its step takes and little is lost by looking."""
-        layout, high = seen.layout, self.bounds(seen)[1]
-        larger = replace(layout, micro_batch=2 * layout.micro_batch)
-        if not self.settings.explore or larger.global_batch > high or _timed_steps(seen, larger):
-            return None
-        if larger.micro_batch not in self.reach.micro_batches(seen):
-            return None
-        worth = statistical_efficiency(low, layout.global_batch, larger.global_batch)
-        if worth < WORTH_A_LOOK or _steps_left(seen) < LOOK_STEPS:
-            return None
-        reason = (
-            f"batch {larger.global_batch} timed: a sample is still worth {worth:.0%} at noise scale {seen.noise_scale}"
-        )
-        return Decision("explore", larger, reason)
-
-    # -- 4. improve --
+    # -- 3. improve --
 
     def _improve(self, seen: Observation) -> Decision | None:
         exploring = _is_exploring(seen)
@@ -159,9 +140,11 @@ class GoodputPolicy:
         low, high = self.bounds(seen)
         batch = seen.layout.global_batch
         doubted = seen.ambition * seen.noise_scale.low
+        # A loss that may yet turn out worse is looked at first: the next change would begin a new trend.
+        suspect = self._is_worse(seen, SUSPECT * self.settings.guard_sigma)
         return (
-            self._best(seen, model, doubted, max(low, batch), min(high, LARGEST_GROWTH * batch))
-            or self._try_larger(seen, doubted)
+            (None if suspect else self._best(seen, model, doubted, max(low, batch), min(high, LARGEST_GROWTH * batch)))
+            or (None if suspect else self._try_larger(seen, doubted))
             or self._best(seen, model, seen.noise_scale.high, max(low, -(-batch // LARGEST_GROWTH)), min(high, batch))
         )
 
@@ -235,6 +218,37 @@ class GoodputPolicy:
         remaining = max(seen.length - seen.progress, 0.0)
         saved_s = remaining / now.goodput - remaining / best.goodput
         return saved_s > SWITCH_STEPS * best.step_time_s
+
+    def _try_larger(self, seen: Observation, low: float) -> Decision | None:
+        """The doubled batch, where nobody knows how long its step takes and little is lost by looking."""
+        layout, high = seen.layout, self.bounds(seen)[1]
+        larger = replace(layout, micro_batch=2 * layout.micro_batch)
+        if not self.settings.explore or larger.global_batch > high or _timed_steps(seen, larger):
+            return None
+        if larger.micro_batch not in self.reach.micro_batches(seen):
+            return None
+        worth = statistical_efficiency(low, layout.global_batch, larger.global_batch)
+        if worth < WORTH_A_LOOK or _steps_left(seen) < LOOK_STEPS:
+            return None
+        reason = (
+            f"batch {larger.global_batch} timed: a sample is still worth {worth:.0%} at noise scale {seen.noise_scale}"
+        )
+        return Decision("explore", larger, reason)
+
+    # -- 4. explore --
+
+    def _explore(self, seen: Observation) -> Decision | None:
+        if not self.settings.explore or _is_exploring(seen) or _timed_steps(seen, seen.layout) < UNDISTURBED_STEPS:
+            return None
+        if seen.noise_scale is None or not self._is_due(seen):  # growing had no chance yet
+            return None
+        timed = seen.times.micro_batches(nodes=seen.nodes, workers=seen.layout.workers)
+        if timed == {seen.layout.micro_batch}:
+            other = _halved(seen.layout, self.reach)
+            if other is not None:
+                reason = f"micro batch {other.micro_batch} timed at the same global batch of {other.global_batch}"
+                return Decision("explore", other, reason)
+        return None
 
 
 def _preferred(found: list[Alternative]) -> Alternative:

@@ -189,6 +189,24 @@ def test_signal_saves_and_says_how_to_go_on(
         assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
 
 
+def test_a_run_goes_on_with_another_number_of_workers(command: Start, run: Run, tmp_path: Path) -> None:
+    """The MLP computes the same step in every layout; 2 -> 1 workers also takes the plan from ZeRO stage 1 to 0."""
+    mlp, short = "jobs.vision:mlp", ("--arg", "epochs=6")
+    whole = run(mlp, *short, "--set", "name=whole")
+    assert whole.code == 0, whole.err
+    process = command(mlp, *short)
+    folder = tmp_path / "runs" / "digits-mlp"
+    wait_for_step(folder, 40, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT_S)
+    stopped = len(losses(folder))
+    done = run(mlp, *short, "--set", "scale.workers=1")
+    assert done.code == 0, done.err
+    assert f"step {stopped}: refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in done.err
+    assert losses(folder) == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-4)
+    assert {record["workers"] for record in records(folder)[stopped:]} == {1}
+
+
 def test_corrupt_checkpoint_is_named_and_the_one_before_offered(
     undisturbed: Ended, command: Start, run: Run, tmp_path: Path
 ) -> None:

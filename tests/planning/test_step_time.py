@@ -164,7 +164,7 @@ def test_the_first_steps_of_a_layout_are_warm_up_and_hiccups_do_not_count() -> N
 
 def test_only_the_latest_steps_count() -> None:
     times = watch(StepTimes(), (8, 1), [9.0, 9.0, *[0.02] * 50, *[0.04] * 16])
-    assert times.observed_step_time_s(**at((8, 1))) == 0.04
+    assert times.observed_step_time_s(**at((8, 1))) == pytest.approx(0.04)
     assert times.count(**at((8, 1))) == 66
 
 
@@ -208,3 +208,21 @@ def test_a_micro_batchs_time_may_come_without_a_steps() -> None:
 def test_json_gives_the_times_back() -> None:
     times = watch(watch(StepTimes(), (8, 1), [0.02] * 6, 0.015), (4, 2), [0.03] * 3)
     assert StepTimes.from_dict(json.loads(json.dumps(times.to_dict()))) == times
+
+
+@given(st.floats(0.5, 3.0), st.floats(0.001, 1.0))
+def test_what_the_machine_gains_or_loses_is_put_on_all_layouts(slower: float, seconds: float) -> None:
+    """The same work takes ``slower`` times as long from some step on: the layout that was left is told so too."""
+    times = watch(StepTimes(), (8, 1), [seconds] * 20)
+    times = watch(times, (16, 1), [1.5 * seconds] * 20)
+    assert times.observed_step_time_s(**at((8, 1))) == pytest.approx(seconds)
+    times = watch(times, (16, 1), [1.5 * slower * seconds] * 200)
+    assert times.observed_step_time_s(**at((16, 1))) == pytest.approx(1.5 * slower * seconds)
+    assert times.observed_step_time_s(**at((8, 1))) == pytest.approx(slower * seconds, rel=0.01)
+    assert StepTimes.from_dict(json.loads(json.dumps(times.to_dict()))) == times
+
+
+def test_a_hiccup_is_no_slower_machine() -> None:
+    times = watch(StepTimes(), (8, 1), [0.02] * 20)
+    times = watch(times, (16, 1), [0.03] * 20 + [5.0] + [0.03] * 60)
+    assert times.observed_step_time_s(**at((8, 1))) == pytest.approx(0.02, rel=0.01)
