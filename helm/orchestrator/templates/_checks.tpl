@@ -27,6 +27,9 @@
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) -}}
 {{- fail (printf "the RayCluster would be named %q; it must start with a letter and hold only lower-case letters, digits and '-': set fullnameOverride" $full) -}}
 {{- end -}}
+{{- if and $values.auth.enabled (semverCompare "<2.52.0" $values.rayVersion) -}}
+{{- fail (printf "auth.enabled needs rayVersion 2.52.0 or newer, and it is %s: set auth.enabled=false, or use a newer image" $values.rayVersion) -}}
+{{- end -}}
 {{- include "orchestrator.checkSecrets" (dict "path" "env" "env" $values.env) -}}
 {{- with $values.termination -}}
 {{- if or (le (int .gracePeriodSeconds) (int .drainSeconds)) (le (int .gracePeriodSeconds) (int .stopSeconds)) -}}
@@ -59,6 +62,9 @@
 {{- end -}}
 
 {{- define "orchestrator.checkGroup" -}}
+{{- if has .name (list "head" "redis" "submitter") -}}
+{{- fail (printf "%s: the name %q is taken by another part of the cluster: use another" .path .name) -}}
+{{- end -}}
 {{- $group := include "orchestrator.group" (dict "root" .root "group" .group) | fromYaml -}}
 {{- with $group -}}
 {{- $low := int .minReplicas -}}{{- $now := int .replicas -}}{{- $high := int .maxReplicas -}}

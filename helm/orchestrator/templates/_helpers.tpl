@@ -73,16 +73,20 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
+{{/* The environment of every Ray container; what the user names wins. */}}
 {{- define "orchestrator.env" -}}
-- {name: HOME, value: /home/ray}
-- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ .Values.termination.drainSeconds | quote }}}
-- {name: RAY_JOB_STOP_WAIT_TIME_S, value: {{ .Values.termination.stopSeconds | quote }}}
-{{- if .Values.gcsFaultTolerance.enabled }}
-- {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: {{ .Values.gcsFaultTolerance.reconnectTimeoutSeconds | quote }}}
+{{- $env := dict
+  "HOME" "/home/ray"
+  "RAY_USAGE_STATS_ENABLED" "0"
+  "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (toString .Values.termination.drainSeconds)
+  "RAY_JOB_STOP_WAIT_TIME_S" (toString .Values.termination.stopSeconds) -}}
+{{- with .Values.gcsFaultTolerance }}{{ if .enabled }}{{ $_ := set $env "RAY_gcs_rpc_server_reconnect_timeout_s" (toString .reconnectTimeoutSeconds) }}{{ end }}{{ end -}}
+{{- with .Values.storage.s3.endpointUrl }}{{ $_ := set $env "AWS_ENDPOINT_URL" . }}{{ end -}}
+{{- with .Values.storage.s3.region }}{{ $_ := mergeOverwrite $env (dict "AWS_REGION" . "AWS_DEFAULT_REGION" .) }}{{ end -}}
+{{- range $name, $value := mergeOverwrite $env (deepCopy .Values.env) }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
-{{- with .Values.storage.s3 }}
-{{- if .existingSecret }}
+{{- with .Values.storage.s3.existingSecret }}
 {{- range $key := list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" "AWS_SESSION_TOKEN" }}
 - name: {{ $key }}
   valueFrom:
@@ -91,17 +95,6 @@ capabilities:
       key: {{ $key }}
       optional: {{ eq $key "AWS_SESSION_TOKEN" }}
 {{- end }}
-{{- end }}
-{{- with .endpointUrl }}
-- {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
-{{- end }}
-{{- with .region }}
-- {name: AWS_REGION, value: {{ . | quote }}}
-- {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
-{{- end }}
-{{- end }}
-{{- range $name, $value := .Values.env }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
 {{- end -}}
 
