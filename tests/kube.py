@@ -151,8 +151,8 @@ def api_server(folder: Path) -> Iterator[Path]:
 
 
 def _start(folder: Path, name: str, words: list[str]) -> subprocess.Popen[bytes]:
-    log = (folder / f"{name}.log").open("wb")
-    return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    with (folder / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _etcd(folder: Path, client: int, peer: int) -> list[str]:

@@ -27,7 +27,7 @@ KINDS = "rayclusters,rayjobs,roles,rolebindings,serviceaccounts,configmaps,servi
 def helm(api: Tools, verb: str, *words: str, values: dict[str, Any] | None = None) -> str:
     stdin = None if values is None else json.dumps(values)
     more = [] if values is None else ["--values", "-"]
-    done = api("helm", verb, "team", *words, "--namespace", "train", *more, stdin=stdin)
+    done = api("helm", *verb.split(), "team", *words, "--namespace", "train", *more, stdin=stdin)
     assert done.code == 0, done.err
     return done.out
 
@@ -45,13 +45,15 @@ def present(api: Tools) -> set[str]:
 
 @pytest.fixture
 def installed(api: Tools) -> Iterator[Tools]:
-    kubectl(api, "create", "secret", "generic", "s3", f"--from-literal=AWS_SECRET_ACCESS_KEY={SECRET}")
-    kubectl(api, "create", "secret", "generic", "ray-token", f"--from-literal=auth_token={SECRET}")
-    helm(api, "install", str(CHART), values=VALUES)
-    yield api
-    api("helm", "uninstall", "team", "--namespace", "train")
-    kubectl(api, "delete", "secret", "s3", "ray-token")
-    kubectl(api, "delete", "rayjobs", "--all")
+    secrets = {"s3": "AWS_SECRET_ACCESS_KEY", "ray-token": "auth_token"}
+    try:
+        for name, key in secrets.items():
+            kubectl(api, "create", "secret", "generic", name, f"--from-literal={key}={SECRET}")
+        helm(api, "install", str(CHART), values=VALUES)
+        yield api
+    finally:
+        api("helm", "uninstall", "team", "--namespace", "train")
+        api("kubectl", "--namespace", "train", "delete", "secret", *secrets)
 
 
 def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed: Tools) -> None:
@@ -74,11 +76,10 @@ def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed
     assert "somebody-elses" in kubectl(api, "get", "configmaps", "-o", "name")
     assert "secret/s3" in kubectl(api, "get", "secrets", "-o", "name"), "existing secrets are not the chart's to delete"
     kubectl(api, "delete", "configmap", "somebody-elses")
-    helm(api, "install", str(CHART), values=VALUES)
 
 
 def test_pod_templates_pass_a_server_side_dry_run(installed: Tools) -> None:
-    found = objects(helm(installed, "get", "manifest"))
+    found = objects(helm(installed, "get manifest"))
     templates = [(m["metadata"]["name"], where, t) for m in found for where, t in manifests.pods(m)]
     assert len(templates) >= 7
     for name, where, template in templates:
@@ -91,7 +92,7 @@ def test_pod_templates_pass_a_server_side_dry_run(installed: Tools) -> None:
 
 def test_the_server_refuses_a_pod_that_is_wrong(installed: Tools) -> None:
     """The dry run above means something: the same server says no to a bad quantity and to a missing volume."""
-    found = objects(helm(installed, "get", "manifest"))
+    found = objects(helm(installed, "get manifest"))
     cluster = next(m for m in found if m["kind"] == "RayCluster")
     spec = dict(manifests.pods(cluster))["head"]["spec"]
     for path, value in (("resources", {"limits": {"memory": "8 GB"}}), ("volumeMounts", [{"name": "x", "mountPath": "/x"}])):
@@ -132,7 +133,7 @@ def may(api: Tools, account: str, verb: str, resource: str, *, namespace: str = 
 
 
 def test_credentials_are_in_no_object_and_not_in_the_release(installed: Tools) -> None:
-    texts = [helm(installed, "get", "all"), kubectl(installed, "get", KINDS, "-o", "yaml")]
+    texts = [helm(installed, "get all"), kubectl(installed, "get", KINDS, "-o", "yaml")]
     hidden = base64.b64encode(SECRET.encode()).decode()
     for text in texts:
         assert SECRET not in text
@@ -140,9 +141,12 @@ def test_credentials_are_in_no_object_and_not_in_the_release(installed: Tools) -
     assert "ray-token" in texts[0], "only its name is"
 
 
-def test_without_the_operator_nothing_is_installed(api: Tools, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_without_the_operator_nothing_is_installed(api: Tools) -> None:
     kubectl(api, "delete", "crd", "rayclusters.ray.io", "rayjobs.ray.io", "rayservices.ray.io", "raycronjobs.ray.io")
     done = api("helm", "install", "late", str(CHART), "--namespace", "train")
+    for path in (api.home / "crds").glob("ray.io_*.json"):
+        kubectl(api, "create", "-f", str(path))
+    kubectl(api, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
     assert done.code != 0
     assert "KubeRay is not installed" in done.err
     assert "late" not in api("helm", "list", "--namespace", "train", "--all").out

@@ -195,12 +195,12 @@ spec:
         {{- include "orchestrator.env" $root | nindent 8 }}
       ports:
         {{- if .head }}
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
+        - {name: gcs-server, containerPort: 6379, protocol: TCP}
+        - {name: dashboard, containerPort: 8265, protocol: TCP}
+        - {name: client, containerPort: 10001, protocol: TCP}
         {{- end }}
-        - {name: metrics, containerPort: 8080}
-        - {name: run-metrics, containerPort: 9400}
+        - {name: metrics, containerPort: 8080, protocol: TCP}
+        - {name: run-metrics, containerPort: 9400, protocol: TCP}
       resources:
         {{- include "orchestrator.resources" $group | nindent 8 }}
       securityContext:
