@@ -85,7 +85,7 @@ def _job(pick: random.Random) -> Values:
         **_some(
             pick,
             runName=["", "digits-2", "a.b_c"],
-            args=[{}, {"epochs": 3, "lr": 1e-4, "text": "it's; $(rm) a \"word\"", "flag": True}],
+            args=[{}, {"epochs": 3, "lr": 1e-4, "text": 'it\'s; $(rm) a "word"', "flag": True}],
             set=[{}, {"scale.workers": 4, "recipe.schedule.name": "cosine"}],
             workingDir=["", "https://example.com/code.zip", "s3://bucket/code.zip"],
             pip=[[], ["einops==0.8.1", "a @ https://example.com/a.whl"]],
@@ -113,7 +113,9 @@ def _fault_tolerance(pick: random.Random) -> Values:
 
 
 def _storage(pick: random.Random) -> Values:
-    s3 = _some(pick, existingSecret=["", "s3"], endpointUrl=["", "https://s3.example.com:9000"], region=["", "eu-west-1"])
+    s3 = _some(
+        pick, existingSecret=["", "s3"], endpointUrl=["", "https://s3.example.com:9000"], region=["", "eu-west-1"]
+    )
     if _flag(pick):
         return {"uri": "s3://runs/team", "s3": s3}
     return {"claimName": "runs", "mountPath": "/data", "uri": "/data/runs"}

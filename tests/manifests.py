@@ -14,6 +14,7 @@ from typing import Any
 import kubernetes_validate
 import yaml
 from jsonschema import Draft202012Validator
+
 from kube import loader
 
 KUBERNETES = "1.34"
@@ -81,7 +82,9 @@ def duplicates(schema: Schema, value: object, path: str) -> Iterator[str]:
     elif isinstance(value, list):
         items = schema.get("items") or {}
         if schema.get("x-kubernetes-list-type") == "map":
-            keys = [tuple(repr(_keyed(items, item, key)) for key in schema["x-kubernetes-list-map-keys"]) for item in value]
+            keys = [
+                tuple(repr(_keyed(items, item, key)) for key in schema["x-kubernetes-list-map-keys"]) for item in value
+            ]
             yield from (f"{path}: duplicate key {key}" for key in sorted({k for k in keys if keys.count(k) > 1}))
         for index, part in enumerate(value):
             yield from duplicates(items, part, f"{path}.{index}")

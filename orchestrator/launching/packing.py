@@ -40,7 +40,9 @@ def pack(root: Path, target: Path, *, limit_bytes: int = LIMIT_BYTES) -> Package
     """
     files = sorted(files_to_pack(root))
     if not files:
-        raise RequestError(f"{root} has no files to send: .gitignore leaves none; give another folder with --working-dir")
+        raise RequestError(
+            f"{root} has no files to send: .gitignore leaves none; give another folder with --working-dir"
+        )
     packed: Counter[str] = Counter()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
@@ -103,6 +105,6 @@ def _too_large(root: Path, packed: Counter[str], limit_bytes: int) -> str:
     largest = ", ".join(f"{name} ({size(number)})" for name, number in packed.most_common(3))
     return (
         f"{root} packs to more than {size(limit_bytes)}, the most that Ray takes; the largest so far: {largest}. Exclude "
-        "data and results in .gitignore or .rayignore and let the job read them from shared storage, or put a zip there "
-        "and give its address: --working-dir s3://BUCKET/code.zip"
+        "data and results in .gitignore or .rayignore and let the job read them from shared storage, or put a zip "
+        "there and give its address: --working-dir s3://BUCKET/code.zip"
     )

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import kube
 import pytest
 import yaml
+
+import kube
 from kube import Tools
 
 

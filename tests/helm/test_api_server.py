@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from kube import CHART, Tools, objects
 
 pytestmark = [pytest.mark.k8s, pytest.mark.slow]
@@ -63,7 +64,11 @@ def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed
     foreign = json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "somebody-elses"}})
     kubectl(api, "apply", "-f", "-", stdin=foreign)
 
-    more = {**VALUES, "jobs": {**VALUES["jobs"], "gpt": {"job": "jobs.language:gpt"}}, "networkPolicy": {"enabled": False}}
+    more = {
+        **VALUES,
+        "jobs": {**VALUES["jobs"], "gpt": {"job": "jobs.language:gpt"}},
+        "networkPolicy": {"enabled": False},
+    }
     helm(api, "upgrade", str(CHART), values=more)
     second = present(api)
     assert second - first == {"rayjob.ray.io/team-orchestrator-gpt"}
@@ -95,9 +100,17 @@ def test_the_server_refuses_a_pod_that_is_wrong(installed: Tools) -> None:
     found = objects(helm(installed, "get manifest"))
     cluster = next(m for m in found if m["kind"] == "RayCluster")
     spec = dict(manifests.pods(cluster))["head"]["spec"]
-    for path, value in (("resources", {"limits": {"memory": "8 GB"}}), ("volumeMounts", [{"name": "x", "mountPath": "/x"}])):
+    for path, value in (
+        ("resources", {"limits": {"memory": "8 GB"}}),
+        ("volumeMounts", [{"name": "x", "mountPath": "/x"}]),
+    ):
         container = {**spec["containers"][0], path: value}
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {**spec, "containers": [container]}}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "p"},
+            "spec": {**spec, "containers": [container]},
+        }
         done = installed("kubectl", "-n", "train", "create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
         assert done.code != 0
         assert path in done.err or "quantities" in done.err
