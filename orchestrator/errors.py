@@ -13,7 +13,8 @@ OrchestratorError                 exit code 1 unless said otherwise
     ├── NonFiniteLossError        loss or gradient became NaN or infinite
     ├── FencedError               a newer attempt owns the run's folder
     ├── UserCodeError             the job's own code raised
-    └── WorkerLostError           workers died more often than the budget allows
+    ├── WorkerLostError           workers died more often than the budget allows
+    └── ClusterLostError          the cluster a run was followed on is gone
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "ClusterLostError",
     "ConfigError",
     "DataError",
     "FencedError",
@@ -100,6 +102,10 @@ class UserCodeError(RunError):
 
 class WorkerLostError(RunError):
     """Workers died more often than ``failures.max_restarts`` allows."""
+
+
+class ClusterLostError(RunError):
+    """The cluster that a submitted run was followed on is gone; the run itself may or may not be."""
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

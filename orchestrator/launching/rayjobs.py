@@ -1,0 +1,163 @@
+"""A run as a RayJob of its own, created through the Kubernetes API server from what the chart published there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import ClusterError, RequestError
+from orchestrator.job import load
+from orchestrator.launching.jobs import Extras, command_of
+from orchestrator.launching.preflight import RunRequest
+
+__all__ = ["Place", "create", "make_rayjob"]
+
+GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
+NAME_LENGTH = 47
+TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run goes: the prefix of the chart's objects, namespace and kubeconfig context; None: the current."""
+
+    release: str
+    namespace: str | None = None
+    context: str | None = None
+
+
+def make_rayjob(
+    template: Mapping[str, Any], storage_uri: str, request: RunRequest, config: RunConfig, extras: Extras
+) -> dict[str, Any]:
+    """The RayJob for ``request``: the chart's own, with this run's name, command and environment.
+
+    Raises:
+        RequestError: the code is a folder; the API server takes no code.
+    """
+    if extras.working_dir not in ("", ".") and "://" not in extras.working_dir:
+        raise RequestError(
+            f"--working-dir {extras.working_dir}: the Kubernetes API takes no code. Build it into the image, or put a "
+            "zip where the cluster can read it and give its address (s3://..., https://...)"
+        )
+    body = json.loads(json.dumps(template))
+    name = re.sub("[._]", "-", config.name)
+    stated = any(override.startswith("checkpoint.uri=") for override in request.overrides)
+    defaults = [f"checkpoint.uri={storage_uri}"] if storage_uri and not stated else []
+    environment: dict[str, Any] = {"env_vars": extras.variables(), "pip": extras.requirements()}
+    environment["working_dir"] = extras.working_dir if "://" in extras.working_dir else ""
+    given = {key: value for key, value in environment.items() if value}
+    body["metadata"]["name"] = (name if name[0].isalpha() else f"run-{name}")[:NAME_LENGTH]
+    body["spec"]["entrypoint"] = command_of(request, overrides=defaults)
+    body["spec"].update({"runtimeEnvYAML": yaml.safe_dump(given)} if given else {})
+    return dict(body)
+
+
+def create(request: RunRequest, extras: Extras, place: Place, *, dry_run: bool = False) -> tuple[dict[str, Any], bool]:
+    """Create the RayJob; returns it, and whether it is new. The server checks it first without storing anything.
+
+    Submitting the same run twice is harmless: the RayJob that exists is returned.
+
+    Raises:
+        RequestError: the job or its config is wrong, or another command runs under this name.
+        ClusterError: the server cannot be reached or refuses.
+    """
+    job = load(request.job, request.args, request.overrides)
+    custom, core, namespace = _clients(place)
+    published = f"{place.release}-rayjob"
+    with _explained(f"reading {published} in namespace {namespace}"):
+        data = core.read_namespaced_config_map(published, namespace, _request_timeout=TIMEOUT_S).data
+    template = yaml.safe_load(data["rayjob.yaml"])
+    body = make_rayjob(template, data.get("storage-uri", ""), request, job.config, extras)
+    name, where = body["metadata"]["name"], (GROUP, VERSION, namespace, PLURAL)
+    existing = _existing(custom, where, name)
+    if existing is not None:
+        return _same(existing, body), False
+    for check in (True, False) if not dry_run else (True,):
+        with _explained(f"creating RayJob {name} in namespace {namespace}"):
+            options = {"dry_run": "All"} if check else {}
+            made = custom.create_namespaced_custom_object(*where, body, _request_timeout=TIMEOUT_S, **options)
+    return dict(made), True
+
+
+def _clients(place: Place) -> tuple[Any, Any, str]:
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise RequestError("--kubernetes needs the Kubernetes client: pip install 'orchestrator[kubernetes]'") from None
+    try:
+        api = config.new_client_from_config(context=place.context)
+        _, current = config.list_kube_config_contexts()
+    except config.ConfigException as error:
+        raise ClusterError(f"no Kubernetes cluster is configured: {error}; set KUBECONFIG, or --context") from None
+    namespace = place.namespace or current["context"].get("namespace") or "default"
+    return client.CustomObjectsApi(api), client.CoreV1Api(api), namespace
+
+
+def _existing(custom: Any, where: tuple[str, str, str, str], name: str) -> dict[str, Any] | None:
+    from kubernetes.client import ApiException
+
+    with _explained(f"looking for RayJob {name}"):
+        try:
+            return dict(custom.get_namespaced_custom_object(*where, name, _request_timeout=TIMEOUT_S))
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise
+
+
+def _same(existing: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The RayJob that exists, if it is this run.
+
+    Raises:
+        RequestError: it is another one, or one that has ended without success.
+    """
+    name, spec = existing["metadata"]["name"], existing["spec"]
+    state = (existing.get("status") or {}).get("jobDeploymentStatus", "")
+    if spec.get("entrypoint") != body["spec"]["entrypoint"]:
+        raise RequestError(
+            f"RayJob {name} exists with another command: {spec.get('entrypoint')}\n"
+            f"delete it (kubectl delete rayjob {name}), or give this run another name with --set name=..."
+        )
+    if state in ("Failed", "ValidationFailed"):
+        raise RequestError(
+            f"RayJob {name} has failed and is still there: look with `kubectl describe rayjob {name}`, then delete it "
+            "and submit again; the run goes on from its last checkpoint"
+        )
+    return existing
+
+
+@contextlib.contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    """The API server's answers as ours."""
+    from kubernetes.client import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ApiException as error:
+        raise ClusterError(f"{doing}: {_reason(error)}{REMEDIES.get(error.status or 0, '')}") from None
+    except (HTTPError, OSError) as error:
+        raise ClusterError(
+            f"{doing}: the API server does not answer ({type(error).__name__}); check the kubeconfig"
+        ) from None
+
+
+REMEDIES = {
+    401: "; log in again",
+    403: "; ask for the chart's role (rbac.subjects)",
+    404: "; check --release and --namespace, and that the chart is installed there",
+}
+
+
+def _reason(error: Any) -> str:
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {error.reason}"

@@ -1,0 +1,165 @@
+"""The chart on a real Kubernetes API server: what installs, what stays, what is admitted, and who may do what."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kube import CHART, Tools, objects
+
+pytestmark = [pytest.mark.k8s, pytest.mark.slow]
+
+manifests = pytest.importorskip("manifests", reason="kubernetes-validate is not installed")
+SECRET = "Vfx7-not-to-be-seen"
+VALUES: dict[str, Any] = {
+    "workerGroups": {"cpu": {}, "a100": {"gpu": {"count": 2, "product": "NVIDIA-A100"}, "spot": "karpenter"}},
+    "jobs": {"digits": {"job": "jobs.vision:digits"}},
+    "storage": {"uri": "s3://runs/team", "s3": {"existingSecret": "s3"}},
+    "auth": {"secretName": "ray-token"},
+    "gcsFaultTolerance": {"enabled": True, "redis": {"deploy": True}, "passwordSecret": {"name": "redis"}},
+}
+KINDS = "rayclusters,rayjobs,roles,rolebindings,serviceaccounts,configmaps,services,statefulsets,networkpolicies"
+
+
+def helm(api: Tools, verb: str, *words: str, values: dict[str, Any] | None = None) -> str:
+    stdin = None if values is None else json.dumps(values)
+    more = [] if values is None else ["--values", "-"]
+    done = api("helm", *verb.split(), "team", *words, "--namespace", "train", *more, stdin=stdin)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def kubectl(api: Tools, *words: str, stdin: str | None = None) -> str:
+    done = api("kubectl", "--namespace", "train", *words, stdin=stdin)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def present(api: Tools) -> set[str]:
+    """Names of the release's objects, as kind/name."""
+    return set(kubectl(api, "get", KINDS, "-l", "app.kubernetes.io/instance=team", "-o", "name").split())
+
+
+@pytest.fixture
+def installed(api: Tools) -> Iterator[Tools]:
+    secrets = {"s3": "AWS_SECRET_ACCESS_KEY", "ray-token": "auth_token"}
+    try:
+        for name, key in secrets.items():
+            kubectl(api, "create", "secret", "generic", name, f"--from-literal={key}={SECRET}")
+        helm(api, "install", str(CHART), values=VALUES)
+        yield api
+    finally:
+        api("helm", "uninstall", "team", "--namespace", "train")
+        api("kubectl", "--namespace", "train", "delete", "secret", *secrets)
+
+
+def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed: Tools) -> None:
+    api = installed
+    first = present(api)
+    assert {"raycluster.ray.io/team-orchestrator", "rayjob.ray.io/team-orchestrator-digits"} <= first
+    foreign = json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "somebody-elses"}})
+    kubectl(api, "apply", "-f", "-", stdin=foreign)
+
+    more = {
+        **VALUES,
+        "jobs": {**VALUES["jobs"], "gpt": {"job": "jobs.language:gpt"}},
+        "networkPolicy": {"enabled": False},
+    }
+    helm(api, "upgrade", str(CHART), values=more)
+    second = present(api)
+    assert second - first == {"rayjob.ray.io/team-orchestrator-gpt"}
+    assert first - second == {"networkpolicy.networking.k8s.io/team-orchestrator"}
+
+    helm(api, "rollback", "1")
+    assert present(api) == first
+    helm(api, "uninstall")
+    assert not present(api)
+    assert "somebody-elses" in kubectl(api, "get", "configmaps", "-o", "name")
+    assert "secret/s3" in kubectl(api, "get", "secrets", "-o", "name"), "existing secrets are not the chart's to delete"
+    kubectl(api, "delete", "configmap", "somebody-elses")
+
+
+def test_pod_templates_pass_a_server_side_dry_run(installed: Tools) -> None:
+    found = objects(helm(installed, "get manifest"))
+    templates = [(m["metadata"]["name"], where, t) for m in found for where, t in manifests.pods(m)]
+    assert len(templates) >= 7
+    for name, where, template in templates:
+        metadata = {**template.get("metadata", {}), "name": f"{name}-{where}", "namespace": "train"}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        if where == "redis":
+            pod["spec"]["volumes"] = [{"name": "data", "emptyDir": {}}]
+        kubectl(installed, "create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+
+
+def test_the_server_refuses_a_pod_that_is_wrong(installed: Tools) -> None:
+    """The dry run above means something: the same server says no to a bad quantity and to a missing volume."""
+    found = objects(helm(installed, "get manifest"))
+    cluster = next(m for m in found if m["kind"] == "RayCluster")
+    spec = dict(manifests.pods(cluster))["head"]["spec"]
+    for path, value in (
+        ("resources", {"limits": {"memory": "8 GB"}}),
+        ("volumeMounts", [{"name": "x", "mountPath": "/x"}]),
+    ):
+        container = {**spec["containers"][0], path: value}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "p"},
+            "spec": {**spec, "containers": [container]},
+        }
+        done = installed("kubectl", "-n", "train", "create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+        assert done.code != 0
+        assert path in done.err or "quantities" in done.err
+
+
+def test_a_submitter_creates_rayjobs_and_reads_logs_and_nothing_else(installed: Tools) -> None:
+    account = "system:serviceaccount:train:team-orchestrator-submitter"
+    allowed = {
+        ("create", "rayjobs.ray.io"),
+        ("get", "rayjobs.ray.io"),
+        ("list", "rayjobs.ray.io"),
+        ("watch", "rayjobs.ray.io"),
+        ("get", "pods"),
+        ("list", "pods"),
+        ("watch", "pods"),
+        ("get", "pods/log"),
+        ("get", "configmaps/team-orchestrator-rayjob"),
+    }
+    resources = ["rayjobs.ray.io", "rayclusters.ray.io", "pods", "pods/log", "pods/exec", "secrets", "services"]
+    resources += ["configmaps", "configmaps/team-orchestrator-rayjob", "roles", "deployments.apps", "jobs.batch"]
+    for resource in resources:
+        for verb in ("create", "get", "list", "watch", "update", "patch", "delete"):
+            assert may(installed, account, verb, resource) == ((verb, resource) in allowed), (verb, resource)
+    assert not may(installed, account, "create", "rayjobs.ray.io", namespace="default")
+
+
+def may(api: Tools, account: str, verb: str, resource: str, *, namespace: str = "train") -> bool:
+    named = resource.startswith("configmaps/")
+    resource, subresource = (resource, "") if named else (resource.partition("/")[0], resource.partition("/")[2])
+    more = [f"--subresource={subresource}"] if subresource else []
+    words = ["auth", "can-i", verb, resource, *more, f"--as={account}", f"--namespace={namespace}"]
+    return api("kubectl", *words).out.strip() == "yes"
+
+
+def test_credentials_are_in_no_object_and_not_in_the_release(installed: Tools) -> None:
+    texts = [helm(installed, "get all"), kubectl(installed, "get", KINDS, "-o", "yaml")]
+    hidden = base64.b64encode(SECRET.encode()).decode()
+    for text in texts:
+        assert SECRET not in text
+        assert hidden not in text
+    assert "ray-token" in texts[0], "only its name is"
+
+
+def test_without_the_operator_nothing_is_installed(api: Tools) -> None:
+    kubectl(api, "delete", "crd", "rayclusters.ray.io", "rayjobs.ray.io", "rayservices.ray.io", "raycronjobs.ray.io")
+    done = api("helm", "install", "late", str(CHART), "--namespace", "train")
+    for path in (api.home / "crds").glob("ray.io_*.json"):
+        kubectl(api, "create", "-f", str(path))
+    kubectl(api, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
+    assert done.code != 0
+    assert "KubeRay is not installed" in done.err
+    assert "late" not in api("helm", "list", "--namespace", "train", "--all").out

@@ -1,0 +1,125 @@
+"""What a submission comes to, decided without a cluster."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import ClusterError, RequestError
+from orchestrator.job import load
+from orchestrator.launching.jobs import Attempt, Extras, choose, command_of, dashboard_address, make_submission
+from orchestrator.launching.preflight import RunRequest
+
+REQUEST = RunRequest(job="jobs.vision:digits", args=("epochs=3",), overrides=("seed=2",))
+
+
+def submission():
+    return make_submission(REQUEST, load(REQUEST.job).config, Extras())
+
+
+def attempt(number: int = 1, status: str = "RUNNING", **changed: object) -> Attempt:
+    base = Attempt(
+        submission_id="digits" if number == 1 else f"digits.{number}",
+        run="digits",
+        attempt=number,
+        request=submission().request,
+        status=status,  # type: ignore[arg-type]
+        message="",
+        command="python -m orchestrator run x",
+        started_s=float(number),
+        ended_s=None,
+        driver_exit_code=None,
+    )
+    return replace(base, **changed)
+
+
+def test_the_command_survives_a_shell() -> None:
+    awkward = replace(REQUEST, args=("text=it's; rm -rf / $HOME",), fresh=True)
+    words = shlex.split(command_of(awkward, overrides=["checkpoint.uri=s3://a/b"]))
+    assert words[:5] == ["python", "-m", "orchestrator", "run", "jobs.vision:digits"]
+    assert words[5:] == ["--arg", awkward.args[0], "--set", "checkpoint.uri=s3://a/b", "--set", "seed=2", "--fresh"]
+
+
+def test_a_stopped_run_gets_the_time_it_needs_to_save() -> None:
+    config = load(REQUEST.job, (), ("failures.stop_grace_s=100",)).config
+    environment = make_submission(REQUEST, config, Extras(env=("A=b=c",))).runtime_env["env_vars"]
+    assert environment == {"RAY_JOB_STOP_WAIT_TIME_S": "130", "A": "b=c"}
+
+
+def test_requirements_come_from_the_line_and_from_files(tmp_path: Path) -> None:
+    path = tmp_path / "more.txt"
+    path.write_text("# a comment\neinops==0.8  # why\n\ntqdm\n")
+    assert Extras(pip=("numpy>=2", str(path))).requirements() == ["numpy>=2", "einops==0.8", "tqdm"]
+    with pytest.raises(RequestError, match="there is no such file"):
+        Extras(pip=("none.txt",)).requirements()
+    with pytest.raises(RequestError, match="NAME=VALUE"):
+        Extras(env=("A",)).variables()
+
+
+def test_a_first_submission_has_the_runs_name() -> None:
+    assert choose(submission(), []) == ("digits", 1, None)
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING", "SUCCEEDED"])
+def test_submitting_twice_is_harmless(status: str) -> None:
+    known = attempt(status=status)
+    assert choose(submission(), [known]).existing == known
+
+
+@pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
+def test_after_its_end_the_next_attempt_goes_on(status: str) -> None:
+    assert choose(submission(), [attempt(1, "STOPPED"), attempt(2, status)]) == ("digits.3", 3, None)
+
+
+def test_fresh_starts_anew_after_success() -> None:
+    assert choose(submission(), [attempt(1, "SUCCEEDED")], fresh=True) == ("digits.2", 2, None)
+
+
+def test_an_id_that_another_run_has_is_passed_over() -> None:
+    other = attempt(1, "RUNNING", submission_id="digits.2", run="digits.2")
+    assert choose(submission(), [attempt(1, "FAILED"), other]) == ("digits.3", 3, None)
+
+
+def test_another_command_under_the_name_of_a_living_run_is_refused() -> None:
+    with pytest.raises(RequestError, match="with another command: python -m orchestrator run x"):
+        choose(submission(), [attempt(request="other")])
+    assert choose(submission(), [attempt(1, "SUCCEEDED", request="other")]).attempt == 2
+
+
+def test_exit_codes() -> None:
+    codes = [attempt(1, status).exit_code for status in ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED")]
+    assert codes == [None, None, 0, 1, 1]
+    assert attempt(1, "FAILED", driver_exit_code=2).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        (None, "http://127.0.0.1:8265"),
+        ("head:8265", "http://head:8265"),
+        ("http://head:8265/", "http://head:8265"),
+        ("https://ray.example.com", "https://ray.example.com"),
+    ],
+)
+def test_addresses(given: str | None, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert dashboard_address(given) == address
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:1")
+    assert dashboard_address(given) == (address if given else "http://other:1")
+
+
+@pytest.mark.parametrize("given", ["ray://head:10001", "head", "http://head:port", "head:6379"])
+def test_what_is_no_job_server_is_refused(given: str) -> None:
+    with pytest.raises(ClusterError, match="8265"):
+        dashboard_address(given)
+
+
+def test_nothing_is_sent_to_a_place_where_nobody_answers(refuse: Callable[..., str]) -> None:
+    for words in (["submit", "jobs.vision:digits"], ["jobs"], ["status", "x"], ["stop", "x"], ["wait", "x"]):
+        message = refuse(*words, "--address", "http://127.0.0.1:9")
+        assert message.count("\n") == 0
+        assert "no Ray job server answers at http://127.0.0.1:9" in message

@@ -1,0 +1,255 @@
+"""Submission to a real Ray head with token authentication: success, failure, stop, twice, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+
+from orchestrator.errors import ClusterLostError
+from orchestrator.launching.jobs import JobServer
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TOKEN = "right-token-0123456789"
+DIGITS = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=1")
+LONG = (*DIGITS, "--arg", "epochs=2000", "--set", "name=long")
+
+
+@dataclass
+class Head:
+    """A head node of the tests' own, and its home."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    home: Path
+    token: str = TOKEN
+
+    def environment(self, token: str | None) -> dict[str, str]:
+        auth = {} if token is None else {"RAY_AUTH_TOKEN": token}
+        kept = {key: value for key, value in environment(self.home).items() if not key.startswith("RAY_")}
+        return {**kept, **auth, "RAY_API_SERVER_ADDRESS": self.address}
+
+    def start(self, *words: str, token: str | None = TOKEN) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *words],
+            cwd=REPOSITORY,
+            env=self.environment(token),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *words: str, token: str | None = TOKEN) -> Ended:
+        process = self.start(*words, token=token)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return Ended(process.returncode, out, err)
+
+    def status(self, name: str) -> dict[str, Any]:
+        return self("status", name, "--json").summary
+
+
+def start_head(folder: Path) -> Head:
+    port = free_port()
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    words = ["start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    words += [f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=150000000"]
+    words += ["--ray-client-server-port=0", f"--metrics-export-port={free_port()}"]
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *words, f"--temp-dir=/tmp/orchestrator-test-{port}"],
+            env={**kept, **own, "PATH": path},
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    head = Head(process, f"http://127.0.0.1:{port}", folder)
+    wait_until(lambda: head("jobs").code == 0, process, folder / "head.log")
+    return head
+
+
+def end_head(head: Head) -> None:
+    head.process.terminate()
+    try:
+        head.process.wait(30)
+    finally:
+        try:
+            os.killpg(head.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: Path | None = None) -> None:
+    deadline = time.monotonic() + 180
+    while not ready():
+        assert process.poll() is None, log.read_text() if log else process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    pytest.importorskip("aiohttp_cors", reason="a head that takes jobs needs ray[default]")
+    started = start_head(tmp_path_factory.mktemp("head"))
+    yield started
+    end_head(started)
+
+
+@pytest.fixture(scope="module")
+def finished(head: Head) -> Ended:
+    """The main job, submitted and followed to its end."""
+    return head("submit", *DIGITS, "--env", "MY_FLAG=1")
+
+
+def test_success_is_followed_and_ends_with_zero(finished: Ended, head: Head) -> None:
+    assert finished.code == 0, finished.err
+    for wanted in ("plan for digits", "samples/s", "evaluation at step", "digits: finished"):
+        assert wanted in finished.out
+        assert finished.out.count("digits: finished") == 1
+    assert "sending" in finished.err
+    assert "plan for digits" in finished.err, "it was checked here, against the cluster, before it was sent"
+    assert head.status("digits")["status"] == "SUCCEEDED"
+    logged = head("logs", "digits")
+    assert logged.out == finished.out, "followed and read afterwards are the same text"
+    assert TOKEN not in finished.out + finished.err + logged.out
+
+
+def test_submitting_it_again_is_harmless(finished: Ended, head: Head) -> None:
+    again = head("submit", *DIGITS, "--env", "MY_FLAG=1", "--json")
+    assert again.code == 0, again.err
+    assert "finished already" in again.err
+    assert again.summary["submission_id"] == "digits"
+    assert [job["submission_id"] for job in head("jobs", "--json").summary].count("digits") == 1
+
+
+def test_two_submissions_are_one_run_and_stop_saves(head: Head) -> None:
+    first = head.start("submit", *LONG)
+    wait_until(lambda: head("logs", "long").out.count("samples/s") > 1, first)
+    second = head("submit", *LONG, "--no-follow", "--json")
+    assert second.summary["status"] == "RUNNING"
+    other = head("submit", *LONG, "--set", "seed=3")
+    assert other.code == 2
+    assert "with another command" in other.err
+
+    stopped = head("stop", "long", "--json")
+    assert stopped.code == 0
+    assert stopped.summary["status"] == "STOPPED"
+    out, err = first.communicate(timeout=TIMEOUT_S)
+    assert first.returncode == 1
+    assert "run the same command again to go on from the checkpoint" in out
+    assert "long: stopped" in err
+    assert [job["submission_id"] for job in head("jobs", "--json").summary].count("long") == 1
+    folder = head.home / "orchestrator" / "runs" / "long"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["state"] == "stopped"
+    assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}"), "the last step was saved"
+
+    resumed = head.start("submit", *LONG)
+    wait_until(lambda: "going on from checkpoint" in head("logs", "long").out, resumed)
+    assert head.status("long")["submission_id"] == "long.2"
+    assert head("stop", "long").code == 0
+    resumed.communicate(timeout=TIMEOUT_S)
+
+
+def test_failure_ends_with_the_runs_own_code(head: Head) -> None:
+    """Wrong on the cluster only: there the folder cannot be written."""
+    refused = head("submit", *DIGITS, "--set", "name=broken", "--set", "checkpoint.uri=/proc/nowhere")
+    assert refused.code == 2
+    assert "cannot write the run's folder" in refused.out
+    assert "Traceback" not in refused.out + refused.err
+    waited = head("wait", "broken", "--json")
+    assert waited.code == 2
+    assert waited.summary["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "layout.micro_batch=7"), "layout.micro_batch=7 x 1 workers"),
+        (("--set", "scale.workers=64"), "the cluster has 2 CPUs"),
+        (("--set", "layout.micro_bach=1"), "did you mean 'micro_batch'"),
+        (("--env", "X"), "NAME=VALUE"),
+        (("--working-dir", "/nonexistent"), "give a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sent(head: Head, words: tuple[str, ...], said: str) -> None:
+    before = len(head("jobs", "--json").summary)
+    refused = head("submit", *DIGITS, "--set", "name=never", *words)
+    assert refused.code == 2
+    assert said in refused.err
+    assert refused.err.splitlines()[-1].startswith("error: ")
+    assert len(head("jobs", "--json").summary) == before
+
+
+@pytest.mark.parametrize(("token", "said"), [(None, "wants a token"), ("wrong-token-0123456789", "refuses the token")])
+def test_token_that_is_missing_or_wrong(head: Head, token: str | None, said: str) -> None:
+    for words in (("submit", *DIGITS), ("jobs",), ("status", "digits")):
+        refused = head(*words, token=token)
+        assert refused.code == 2
+        assert said in refused.err
+        assert len(refused.err.strip().splitlines()) == 1, refused.err
+        assert TOKEN not in refused.err
+        assert "wrong-token" not in refused.err
+
+
+def test_unknown_run_is_answered_with_the_known(finished: Ended, head: Head) -> None:
+    refused = head("status", "digit")
+    assert refused.code == 2
+    assert "did you mean 'digits'" in refused.err
+
+
+def test_plain_ray_job_submit_is_the_same_run(head: Head) -> None:
+    own = {**head.environment(TOKEN), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": head.address}
+    entrypoint = ["python", "-m", "orchestrator", "run", *DIGITS, "--set", "name=plain", "--arg", "epochs=1"]
+    words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--submission-id", "plain"]
+    done = subprocess.run(
+        [*words, "--working-dir", ".", "--", *entrypoint],
+        cwd=REPOSITORY,
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plain: finished" in done.stdout
+    assert head.status("plain")["exit_code"] == 0
+
+
+def test_dead_head_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
+    """With a head of its own, killed under a run that is being followed."""
+    doomed = start_head(tmp_path)
+    try:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        assert doomed("submit", *LONG, "--no-follow").code == 0
+        server = JobServer(doomed.address, patience_s=2)
+        attempt = server.attempt("long")
+        wait_until(lambda: "samples/s" in server.logs(attempt), doomed.process)
+    finally:
+        os.killpg(doomed.process.pid, signal.SIGKILL)
+        doomed.process.wait()
+    with pytest.raises(ClusterLostError, match="lost the cluster while following long"):
+        server.follow(attempt, lambda text: None, lambda text: None)
+    assert doomed("status", "long").code == 2
