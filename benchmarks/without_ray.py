@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.job import Job, load
+from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.preflight import run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import make_plan
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
+from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import open_dataset
 from orchestrator.training.engine import Engine
@@ -39,11 +41,17 @@ def main() -> None:
     """Train every run of ``--runs``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", required=True)
+    parser.add_argument("--hub", help="address of a Ray cluster whose hub is sent the runs' telemetry")
+    options = parser.parse_args()
+    if options.hub:
+        import ray
+
+        ray.init(address=options.hub, log_to_driver=False, logging_level="ERROR")
     torch.set_num_threads(1)  # what Ray gives a worker with one CPU
     dist.init_process_group("gloo")
-    for run in json.loads(Path(parser.parse_args().runs).read_text()):
+    for run in json.loads(Path(options.runs).read_text()):
         job = load(run["job"], tuple(run["args"]), tuple(run["overrides"]))
-        outcome = train_here(job)
+        outcome = train_here(job, publishes=bool(options.hub) and job.config.telemetry.enabled)
         if dist.get_rank() == 0:
             name, state = job.config.name, outcome.state
             print(f"{name}: {state.step} steps, {state.train_time_s:.1f} s", file=sys.stderr, flush=True)
@@ -51,7 +59,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def train_here(job: Job) -> Any:
+def train_here(job: Job, *, publishes: bool = False) -> Any:
     """Train ``job`` as its workers would, and return the outcome."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     if rank == 0 and job.prepare is not None:
@@ -75,6 +83,7 @@ def train_here(job: Job) -> Any:
     )
     policy = make_policy(job.config)
     memory = MemoryGauge(DEVICE, psutil.virtual_memory().total // workers)
+    publisher = _publisher(job, rank, memory) if publishes else None
     outcome = train(
         Training(
             config=job.config,
@@ -84,17 +93,24 @@ def train_here(job: Job) -> Any:
             train_set=train_set,
             evaluation_set=evaluation_set,
             checkpoints=Checkpoints(folder.checkpoints, fence, 1, {"workers": workers}),
-            recorder=Recorder(folder, fence, plan, rank=rank, attempt=1),
+            recorder=Recorder(folder, fence, plan, rank=rank, attempt=1, publisher=publisher),
             scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
             rank=rank,
             stop_requested=lambda: False,
         )
     )
+    if publisher is not None:
+        publisher.close()
     fence.release()
     if rank == 0:
         lock.release()
     gc.collect()
     return outcome
+
+
+def _publisher(job: Job, rank: int, memory: MemoryGauge) -> Publisher:
+    client = HubClient(HubSettings.of(job.config.telemetry))
+    return Publisher(client, run=job.config.name, source=str(rank), attempt=1, sample=memory.observe)
 
 
 if __name__ == "__main__":

@@ -449,6 +449,20 @@ class TelemetryConfig(Part):
 
     progress_interval_s: PositiveFloat = 2.0
     """Seconds between two progress lines where output is not a terminal."""
+    enabled: bool = True
+    """Time the parts of each step and export metrics through the cluster's hub; records are written in any case."""
+    bind: str = "127.0.0.1"
+    """Address at which the hub is served; the first run on a cluster decides. 0.0.0.0 for a Prometheus elsewhere."""
+    port: Annotated[int, Field(ge=1, le=65_435)] = 9400
+    """Port of the hub, or the next one that is free."""
+    ttl_s: PositiveFloat = 10.0
+    """Seconds of silence after which a worker's metrics disappear."""
+    tokens_per_sample: PositiveFloat | None = None
+    """Tokens in a sample, to count them."""
+    flops_per_sample: PositiveFloat | None = None
+    """FLOPs of a sample's forward and backward pass, for model FLOP/s."""
+    peak_flops_per_s: PositiveFloat | None = None
+    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization."""
 
 
 class RunConfig(Part):

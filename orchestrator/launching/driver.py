@@ -27,6 +27,7 @@ from orchestrator.launching.preflight import (
     run_root,
     write_identity,
 )
+from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan, make_plan
@@ -129,12 +130,17 @@ def _launch(
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver)
+        teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
+        state = "failed"
         try:
-            outcome = _watch(attempt, folder, followers, listener, job.config.failures.stop_grace_s)
+            outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
+            state = outcome["state"]
         except OrchestratorError:
             _write_end(folder, job.config, {"state": "failed"}, started)
             raise
+        finally:
+            teller.end(state)
     return _write_end(folder, job.config, outcome, started)
 
 
@@ -175,7 +181,7 @@ class _Fit:
 
 
 def _watch(
-    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, grace_s: float
+    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
     asked_at: float | None = None
@@ -184,6 +190,9 @@ def _watch(
         while attempt.running:
             _show(followers, listener)
             known = _note_restarts(folder, known, listener)
+            teller.look()
+            if (address := teller.address()) is not None:
+                listener.note(f"metrics at http://{address}/metrics")
             if signals and asked_at is None:
                 asked_at = time.monotonic()
                 folder.stop_request.touch()

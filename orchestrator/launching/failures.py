@@ -7,6 +7,7 @@ import linecache
 import re
 import sysconfig
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from orchestrator import errors
 from orchestrator.errors import OrchestratorError, RequestError, UserCodeError
 from orchestrator.storage.folder import RunFolder, write_json
 
-__all__ = ["Failure", "describe", "read_failures", "to_error", "write_failure"]
+__all__ = ["Failure", "describe", "lost_mark", "read_failures", "restart_cause", "to_error", "write_failure"]
 
 Kind = Literal["request", "run", "user", "memory", "peer"]
 # A rank whose peer died fails in its next collective; the words are gloo's, NCCL's and torch's own.
@@ -66,6 +67,21 @@ def read_failures(folder: RunFolder) -> list[Failure]:
     """What the workers of the last attempt left, causes before collateral, lowest rank first."""
     found = [Failure(**json.loads(path.read_text())) for path in sorted(folder.failures.glob("rank-*.json"))]
     return sorted(found, key=lambda failure: (failure.is_collateral, failure.rank))
+
+
+def restart_cause(folder: RunFolder, attempts: Sequence[Mapping[str, object]]) -> str:
+    """What ended the last of ``attempts``: "stopped", "worker_lost", or the kind of the failure it left."""
+    if not attempts:
+        return ""
+    if attempts[-1]["event"] == "ended":
+        return "stopped"
+    causes = [failure for failure in read_failures(folder) if not failure.is_collateral]
+    return causes[0].kind if causes else "worker_lost"
+
+
+def lost_mark(folder: RunFolder) -> Path:
+    """Exists from the loss of workers until others have taken their place."""
+    return folder.control / "lost"
 
 
 def to_error(failure: Failure) -> OrchestratorError:

@@ -10,7 +10,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import RunConfig
-from orchestrator.launching.failures import read_failures
+from orchestrator.launching.failures import lost_mark, read_failures
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.folder import RunFolder
@@ -49,3 +49,4 @@ class StopOnError(UserCallback):
         causes = [failure for failure in read_failures(self._folder) if not failure.is_collateral]
         if causes:
             raise RuntimeError(f"rank {causes[0].rank}: {causes[0].error}: not retried")
+        lost_mark(self._folder).touch()

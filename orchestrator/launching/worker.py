@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.job import Job
-from orchestrator.launching.failures import describe, write_failure
+from orchestrator.launching.failures import describe, restart_cause, write_failure
+from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.observing import RunFacts, observe_place
+from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
 
 __all__ = ["Order", "work"]
@@ -59,6 +64,7 @@ class _Worker:
         self._rank = rank
         self._world_size = world_size
         self._recorder: Any = None
+        self._publisher: Publisher | None = None
 
     @property
     def step(self) -> int:
@@ -69,9 +75,13 @@ class _Worker:
         """Train to the end; rank 0 leaves the outcome in the run's folder."""
         from orchestrator.training.loop import train
 
-        fence, attempt = self._fence()
-        run = self._training(fence, attempt)
-        outcome = train(run)
+        fence, attempt, cause = self._fence()
+        run = self._training(fence, attempt, cause)
+        try:
+            outcome = train(run)
+        finally:
+            if self._publisher is not None:
+                self._publisher.close()
         if self._rank == 0:
             run.recorder.end(outcome.state, outcome.reason)
             state = "stopped" if outcome.stopped else "finished"
@@ -80,22 +90,24 @@ class _Worker:
             )
         fence.release()
 
-    def _fence(self) -> tuple[Fence, int]:
+    def _fence(self) -> tuple[Fence, int, str]:
         """Rank 0 ends every earlier attempt's right to write and numbers this one; all ranks join it."""
         import torch.distributed as dist
 
         word: list[Any] = [None]
         if self._rank == 0:
             token = Fence.begin(self._folder.control, driver=self._order.driver)
-            started = [r for r in read(self._folder.attempts) if r["event"] == "started"]
+            attempts = read(self._folder.attempts)
+            started = sum(record["event"] == "started" for record in attempts)
+            cause = restart_cause(self._folder, attempts)
             for stale in self._folder.failures.glob("rank-*.json"):
                 stale.unlink()
-            word = [(token, len(started) + 1)]
+            word = [(token, started + 1, cause)]
         dist.broadcast_object_list(word, src=0)
-        token, attempt = word[0]
-        return Fence(self._folder.control, token), attempt
+        token, attempt, cause = word[0]
+        return Fence(self._folder.control, token), attempt, cause
 
-    def _training(self, fence: Fence, attempt: int) -> Any:
+    def _training(self, fence: Fence, attempt: int, cause: str) -> Any:
         from orchestrator.training.checkpoint import Checkpoints
         from orchestrator.training.data import open_dataset
         from orchestrator.training.engine import Engine
@@ -114,7 +126,18 @@ class _Worker:
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
-        self._recorder = Recorder(self._folder, fence, plan, rank=self._rank, attempt=attempt)
+        memory = MemoryGauge(device, _memory_share(device, plan))
+        self._publisher = self._publish(config, attempt, str(device), memory.observe)
+        self._recorder = Recorder(
+            self._folder,
+            fence,
+            plan,
+            rank=self._rank,
+            attempt=attempt,
+            cause=cause,
+            facts=_facts(config, plan),
+            publisher=self._publisher,
+        )
         return Training(
             config=config,
             plan=plan,
@@ -128,12 +151,34 @@ class _Worker:
                 policy=make_policy(config),
                 config=config,
                 plan=plan,
-                memory=MemoryGauge(device, _memory_share(device, plan)),
+                memory=memory,
                 decides=self._rank == 0,
             ),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
         )
+
+    def _publish(
+        self, config: RunConfig, attempt: int, device: str, sample: Callable[[Meter], None]
+    ) -> Publisher | None:
+        """What sends this rank's metrics to the cluster's hub, from now to the end."""
+        if not config.telemetry.enabled:
+            return None
+        client = HubClient(HubSettings.of(config.telemetry))
+        source = str(self._rank)
+        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=sample)
+        publisher.note(observe_place, socket.gethostname(), device)
+        return publisher
+
+
+def _facts(config: RunConfig, plan: Plan) -> RunFacts:
+    telemetry = config.telemetry
+    return RunFacts(
+        reference_batch=plan.reference_batch,
+        tokens_per_sample=telemetry.tokens_per_sample or 0.0,
+        flops_per_sample=telemetry.flops_per_sample,
+        peak_flops_per_s=telemetry.peak_flops_per_s,
+    )
 
 
 def _for_workers(config: RunConfig, workers: int) -> RunConfig:

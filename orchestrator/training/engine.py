@@ -23,6 +23,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
+from orchestrator.training.clock import StepClock, ticker_for
 from orchestrator.training.gradient_noise import GradientNorms, Preconditioner
 from orchestrator.training.optimizer import (
     add_penalties,
@@ -114,6 +115,7 @@ class Engine:
 
     def __init__(self, task: Task, config: RunConfig, plan: Plan, *, device: torch.device) -> None:
         self.device = device
+        self.clock = StepClock(ticker_for(device) if config.telemetry.enabled else None)
         self._task = task
         self._plan = plan
         self._recipe = config.recipe
@@ -176,11 +178,13 @@ class Engine:
         cost_s = 0.0 if norms is None else norms.cost_s + weighing_s
         shared = self._share(loss, own_small_sq, [step_s, times.micro_batch_s(), cost_s, *rank_zero_says])
         loss_scale = self._loss_scale()
-        grad_norm, applied = self._apply()
+        with self.clock.part("optimizer"):
+            grad_norm, applied = self._apply()
         # The two norms of a step belong together only under one loss scale.
         measured_norm = grad_norm if applied and self._loss_scale() == loss_scale else math.nan
         self._update_s = time.perf_counter() - accumulated
-        mean_loss, small_sq, step_time_s, micro_batch_s, noise_cost_s, *said = shared()
+        with self.clock.part("communication"):
+            mean_loss, small_sq, step_time_s, micro_batch_s, noise_cost_s, *said = shared()
         if norms is not None and self._preconditioner is not None:
             small_sums = norms.sums / max(norms.micro_batches, 1)
             small_sq, big_sq = self._preconditioner.weigh(small_sums, measured_norm)
@@ -266,11 +270,12 @@ class Engine:
                 # DeepSpeed counts micro steps since the start of the run, which breaks when accumulation changes:
                 # the boundary is therefore said, never counted, and the division is ours.
                 self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss = self._task.loss(self.model, self.to_device(columns))
+                with self.clock.part("forward"):
+                    loss = self._task.loss(self.model, self.to_device(columns))
                 if loss.ndim != 0:
                     raise ValueError(f"Task.loss returned shape {tuple(loss.shape)}; return the mean over the samples")
                 parts = samples / _size(columns)  # of equal parts, exactly their number
-                self._engine.backward(loss * (scale / parts), scale_wrt_gas=False)
+                self._backward(loss * (scale / parts))
                 if norms is not None:
                     norms.take(self._loss_scale() / parts)
                 total += loss.detach().double() / parts
@@ -285,6 +290,19 @@ class Engine:
         assert held is not None, "the plan lets no preconditioning pass in 16 bit at stage 0"
         sizes = {name: int(getattr(p, "ds_numel", p.numel())) for p, name in trainable.items()}
         return Preconditioner(innermost(optimizer), held, sizes, sharded=self._plan.zero_stage > 0)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Backward pass and, at the boundary, the reduction over the workers, told apart by when the graph is done.
+
+        In stages 2 and 3 DeepSpeed reduces from within the backward pass as well, and that part stays in it.
+        """
+        if loss.requires_grad:
+            loss.register_hook(lambda _: _when_backward_ends(self._reduction_begins))
+        with self.clock.part("backward"):
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _reduction_begins(self) -> None:
+        self.clock.switch("communication")
 
     def _apply(self) -> tuple[float, bool]:
         """Apply the accumulated gradient; returns its norm before clipping, and whether it was applied."""
@@ -311,6 +329,11 @@ class Engine:
         if self._plan.precision == "fp16" and self._plan.zero_stage == 0:
             return float(self._engine.optimizer.loss_scale)
         return 1.0
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by before its backward pass; 1 but in fp16."""
+        return self._loss_scale()
 
     def _loss_scale(self) -> float:
         """What a loss is multiplied by before its backward pass, by DeepSpeed or for it."""
@@ -371,6 +394,12 @@ class _Stopwatch:
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+def _when_backward_ends(call: Callable[[], None]) -> None:
+    """Have ``call`` called once the backward pass under way has computed its last gradient."""
+    # The one way to learn it without a hook per parameter; DeepSpeed and torch's own FSDP ask in the same way.
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # noqa: SLF001
 
 
 def _size(columns: Columns) -> int:

@@ -59,14 +59,16 @@ def train(run: Training) -> Outcome:
     """
     stream = Stream(run.plan.train_samples, run.config.seed)
     state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config)
-    run.recorder.begin(state)
+    run.recorder.begin(state, run.engine.clock.lap())
     state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
     saved_step, saved_at, stop = state.step, time.monotonic(), False
     while not (reason := run.plan.finished(state)) and not stop:
-        micro_batches = [
-            run.train_set.take(positions) for positions in stream.micro_batches(state.samples, state.layout, run.rank)
-        ]
+        with run.engine.clock.part("data_wait"):
+            micro_batches = [
+                run.train_set.take(positions)
+                for positions in stream.micro_batches(state.samples, state.layout, run.rank)
+            ]
         decision = run.scheduler.decide(state)
         stats = run.engine.step(
             micro_batches,
@@ -77,7 +79,7 @@ def train(run: Training) -> Outcome:
         asked_to_stop, save_due, *said = stats.rank_zero_says
         stop = bool(asked_to_stop)
         before, state = state, state.after(stats, run.plan, run.config)
-        run.recorder.step(state, stats)
+        run.recorder.step(state, stats, run.engine.clock.lap(), loss_scale=run.engine.loss_scale)
         _refuse_nonfinite(run, state, stats)
         state = _act(run, before, state, decision, said)
         # Before anything is saved: moments and settings of a checkpoint belong to its state.
@@ -85,12 +87,13 @@ def train(run: Training) -> Outcome:
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
         if save_due and stats.finite:
-            run.checkpoints.save(run.engine, state)
+            _save(run, state)
             saved_step, saved_at = state.step, time.monotonic()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step:
-        run.checkpoints.save(run.engine, state)
+        _save(run, state)
+    run.recorder.rest(run.engine.clock.lap())
     return Outcome(state, reason or "stop requested", stopped=reason is None)
 
 
@@ -130,7 +133,8 @@ def _save_due(run: Training, state: TrainState, saved_at: float) -> bool:
 def _evaluate(run: Training, state: TrainState) -> TrainState:
     assert run.evaluation_set is not None
     started = time.perf_counter()
-    metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
+    with run.engine.clock.part("evaluation"):
+        metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
     if (wanted := run.plan.stop.metric) is not None and wanted not in metrics:
         raise ConfigError(
             f"recipe.stop.metric={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}"
@@ -138,6 +142,13 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
     state = state.evaluated(metrics)
     run.recorder.evaluation(state, time.perf_counter() - started)
     return state
+
+
+def _save(run: Training, state: TrainState) -> None:
+    started = time.perf_counter()
+    with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
+        saved = run.checkpoints.save(run.engine, state)
+    run.recorder.checkpoint(saved, time.perf_counter() - started)
 
 
 def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass, field
 
+import psutil
 import torch
+
+from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.observing import observe_memory
 
 __all__ = ["MemoryGauge", "largest_micro_batch"]
 
@@ -31,6 +35,15 @@ class MemoryGauge:
         else:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.peaks[micro_batch] = max(peak, self.peaks.get(micro_batch, 0))
+
+    def observe(self, meter: Meter) -> None:
+        """What is in use now, in the meter; cheap enough for once a second, from any thread."""
+        if self.device.type == "cuda":
+            used, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        else:
+            used = reserved = int(psutil.Process().memory_info().rss)
+        peak = max([used, *self.peaks.values()])
+        observe_memory(meter, used=used, reserved=reserved, peak=peak, limit=self.capacity)
 
     def largest_micro_batch(self) -> int | None:
         """The largest micro batch that fits as far as can be told; None before anything has run."""

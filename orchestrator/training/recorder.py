@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.observation import Decision
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder
-from orchestrator.telemetry.records import JsonLines, truncate_after
+from orchestrator.telemetry import observing
+from orchestrator.telemetry.accounting import useful_s
+from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.observing import RunFacts, RunObserver
+from orchestrator.telemetry.publisher import Publisher
+from orchestrator.telemetry.records import JsonLines, read, truncate_after
 from orchestrator.training.state import StepStats, TrainState
 
 __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Appends to the run folder's records. On other ranks than 0 every call does nothing."""
+    """Appends to the run folder's records, and tells ``publisher`` what becomes a metric.
 
-    def __init__(self, folder: RunFolder, fence: Fence, plan: Plan, *, rank: int, attempt: int) -> None:
+    Ranks other than 0 write nothing and publish only what is about themselves. ``cause`` is what ended the attempt
+    before this one.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        fence: Fence,
+        plan: Plan,
+        *,
+        rank: int,
+        attempt: int,
+        cause: str = "",
+        facts: RunFacts | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
         self._folder = folder
         self._fence = fence
         self._plan = plan
         self._writes = rank == 0
         self._attempt = attempt
+        self._cause = cause
+        self._publisher = publisher
+        self._observer = RunObserver(facts or RunFacts(plan.reference_batch))
         self._metrics = JsonLines(folder.metrics)
         self._evaluations = JsonLines(folder.evaluations)
         self._decisions = JsonLines(folder.decisions)
@@ -31,21 +57,38 @@ class Recorder:
         self.last_step = 0
         """The last optimizer step that this worker took part in."""
 
-    def begin(self, state: TrainState) -> None:
-        """Drop records of steps after ``state``: they were lost with the attempt that took them and are taken again."""
+    def begin(self, state: TrainState, parts: Mapping[str, float] | None = None) -> None:
+        """Drop records of steps after ``state``: they were lost with the attempt that took them and are taken again.
+
+        ``parts`` are the seconds that making the engine and restoring took.
+        """
         self.last_step = state.step
+        if self._publisher is not None and parts is not None:
+            self._publisher.note(observing.observe_parts, parts, a_step=False)
         if not self._writes:
             return
         self._fence.check()
+        lost = [r for r in read(self._folder.metrics) if r["step"] > state.step] if self._attempt > 1 else []
+        repeated = sum(record["global_batch"] for record in lost)
         truncate_after(self._folder.metrics, state.step)
         truncate_after(self._folder.evaluations, state.step)
         truncate_after(self._folder.decisions, state.step)
         record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
+        record["startup_s"] = sum((parts or {}).values())
+        if self._attempt > 1:
+            repeated_s = sum(useful_s(record) for record in lost if not record["skipped"])
+            record |= {"cause": self._cause, "repeated_samples": repeated, "repeated_s": repeated_s}
         self._attempts(record)
+        if self._publisher is not None:
+            self._publisher.note(self._observer.begin, progress=state.progress, repeated_samples=repeated)
 
-    def step(self, state: TrainState, stats: StepStats) -> None:
-        """Record one optimizer step."""
+    def step(
+        self, state: TrainState, stats: StepStats, parts: Mapping[str, float] | None = None, *, loss_scale: float = 1.0
+    ) -> None:
+        """Record one optimizer step; ``parts`` are seconds of the wall time since the step before, where known."""
         self.last_step = state.step
+        if self._publisher is not None and parts is not None:
+            self._publisher.note(observing.observe_parts, parts)
         if not self._writes:
             return
         self._check_now_and_then()
@@ -63,9 +106,12 @@ class Recorder:
             "step_time_s": stats.step_time_s,
             "samples_per_s": batch / stats.step_time_s,
             "skipped": not stats.finite,
+            **({} if parts is None else {"parts": {part: round(seconds, 6) for part, seconds in parts.items()}}),
             **_scheduling(state, stats),
         }
         self._metrics.append(record)
+        if self._publisher is not None:
+            self._publisher.note(self._observer.step, record, loss_scale)
 
     def decision(self, state: TrainState, decision: Decision | None) -> None:
         """Record a decision that acts from the next step on; rank 0 knows its reasons."""
@@ -80,6 +126,8 @@ class Recorder:
             }
             record = {"event": "decided", "before": asdict(state.layout), **asdict(decision), "seen": seen}
             self._decisions.append({**self._where(state), **record})
+            if self._publisher is not None:
+                self._publisher.note(self._observer.decision, record)
 
     def measured(self, state: TrainState, goodput: float, step_time_s: float) -> None:
         """Record what the last decision turned out to be worth, in reference samples/s and s per step."""
@@ -94,6 +142,32 @@ class Recorder:
             self._fence.check()
             record = {**self._where(state), "metrics": state.evaluation, "duration_s": duration_s}
             self._evaluations.append(record)
+            if self._publisher is not None:
+                self._publisher.note(self._observer.evaluation, record)
+
+    @contextmanager
+    def watching_a_checkpoint(self) -> Iterator[None]:
+        """Count a checkpoint that fails; the error goes on its way."""
+        try:
+            yield
+        except Exception as error:
+            if self._writes and self._publisher is not None:
+                of_storage = isinstance(error, OSError)
+                self._publisher.note(observing.observe_checkpoint_failure, of_storage=of_storage)
+            raise
+
+    def checkpoint(self, saved: Path, duration_s: float) -> None:
+        """Tell of a checkpoint that is whole, for which training waited all the time."""
+        if self._writes and self._publisher is not None:
+            self._publisher.note(_observe_checkpoint, self._observer, saved, duration_s)
+
+    def rest(self, parts: Mapping[str, float] | None) -> None:
+        """Tell of the time after the last step."""
+        if self._publisher is None or parts is None:
+            return
+        self._publisher.note(observing.observe_parts, parts, a_step=False)
+        if self._writes:
+            self._publisher.note(self._observer.rest, parts)
 
     def end(self, state: TrainState, reason: str) -> None:
         """Record how this attempt ended."""
@@ -115,6 +189,12 @@ class Recorder:
         if time.monotonic() - self._checked_at > 1.0:
             self._fence.check()
             self._checked_at = time.monotonic()
+
+
+def _observe_checkpoint(meter: Meter, observer: RunObserver, saved: Path, duration_s: float) -> None:
+    """In the publisher's thread: looking at every file takes a while."""
+    size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    observer.checkpoint(meter, duration_s=duration_s, blocked_s=duration_s, size_bytes=size)
 
 
 def _scheduling(state: TrainState, stats: StepStats) -> dict[str, object]:

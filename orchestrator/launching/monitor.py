@@ -1,0 +1,165 @@
+"""Prometheus on this machine, with the hubs of this machine and our rules: start it, look at it, stop it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.errors import ClusterError, RequestError
+from orchestrator.launching.hub import targets_folder
+from orchestrator.storage.folder import read_json, write_json, write_text
+from orchestrator.telemetry.dashboards import DASHBOARDS, render
+from orchestrator.telemetry.rules import prometheus_config, rules_file
+
+__all__ = ["Monitor", "cluster_files", "down", "monitor_folder", "up", "write_cluster_files"]
+
+CONFIG = "prometheus/prometheus.yml"
+READY_S, STOP_S = 30.0, 10.0
+DISCOVERED = "/tmp/orchestrator/targets"
+"""Where the committed configuration looks for hubs; ``monitor up`` puts this user's own folder instead."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A Prometheus that runs."""
+
+    pid: int
+    started: float
+    """When the process started, as the system says: a number that is used again is another process."""
+    url: str
+    folder: str
+
+
+def cluster_files() -> dict[str, str]:
+    """Path below ``cluster/`` and text of every file that is generated."""
+    files = {
+        CONFIG: prometheus_config(targets=DISCOVERED, rules="rules.yml"),
+        "prometheus/rules.yml": rules_file(),
+    }
+    return files | {f"grafana/{each.uid.partition('-')[2]}.json": render(each) for each in DASHBOARDS}
+
+
+def write_cluster_files(folder: Path) -> list[Path]:
+    """Write dashboards, rules and configuration below ``folder``; returns their paths."""
+    written = []
+    for name, text in cluster_files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        written.append(path)
+    return written
+
+
+def monitor_folder() -> Path:
+    """Where Prometheus keeps its data, by default."""
+    return targets_folder().parent / "prometheus"
+
+
+def up(folder: Path, *, port: int) -> Monitor:
+    """Start Prometheus on loopback, or return the one that runs already.
+
+    Raises:
+        RequestError: it is not installed, or the port is taken.
+        ClusterError: it does not become ready; the message has its last words.
+    """
+    if (running := _running(folder)) is not None:
+        return running
+    program = shutil.which("prometheus")
+    if program is None:
+        raise RequestError(
+            "prometheus is not on PATH: install it (Debian and Ubuntu: apt-get install prometheus; macOS: brew install "
+            "prometheus; or a release from prometheus.io), or point your own at the files that `orchestrator "
+            "dashboards` writes"
+        )
+    _require_free(port)
+    targets = targets_folder()
+    for needed in (folder, targets):
+        needed.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_cluster_files(folder)
+    write_text(folder / CONFIG, prometheus_config(targets=str(targets), rules="rules.yml"))
+    process = _start(program, folder, port)
+    found = Monitor(process.pid, psutil.Process(process.pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
+    write_json(folder / "monitor.json", vars(found))
+    _wait_until_ready(process, found)
+    return found
+
+
+def down(folder: Path) -> Monitor:
+    """Stop the Prometheus that ``up`` started; its data stay.
+
+    Raises:
+        RequestError: none runs there.
+    """
+    running = _running(folder)
+    if running is None:
+        raise RequestError(f"no Prometheus was started in {folder}: nothing to stop")
+    process = psutil.Process(running.pid)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        process.kill()
+    (folder / "monitor.json").unlink(missing_ok=True)
+    return running
+
+
+def _running(folder: Path) -> Monitor | None:
+    noted: dict[str, Any] | None = read_json(folder / "monitor.json")
+    if noted is None:
+        return None
+    found = Monitor(**noted)
+    try:
+        alive = psutil.Process(found.pid).create_time() == found.started
+    except psutil.NoSuchProcess:
+        return None
+    return found if alive else None
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise RequestError(f"port {port} is taken: choose another with --port") from None
+
+
+def _start(program: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
+    options = {
+        "config.file": folder / CONFIG,
+        "storage.tsdb.path": folder / "data",
+        "storage.tsdb.retention.time": "15d",
+        "web.listen-address": f"127.0.0.1:{port}",
+    }
+    command = [program, *(f"--{name}={value}" for name, value in options.items())]
+    with (folder / "prometheus.log").open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        )
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], monitor: Monitor) -> None:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{monitor.url}/-/ready", timeout=1.0):
+                return
+        except OSError:
+            time.sleep(0.1)
+    log = Path(monitor.folder) / "prometheus.log"
+    last = log.read_text(errors="replace").strip().splitlines()[-3:]
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait()
+    (Path(monitor.folder) / "monitor.json").unlink(missing_ok=True)
+    raise ClusterError("Prometheus does not become ready: " + " / ".join(last) + f"; its log is {log}")

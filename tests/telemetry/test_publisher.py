@@ -1,0 +1,105 @@
+"""The publisher: what is noted arrives, and a hub that is slow, dead or away costs the one who notes nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from orchestrator.telemetry.hub import Board
+from orchestrator.telemetry.meter import Counted, Key, Meter, Snapshot
+from orchestrator.telemetry.publisher import FAREWELL_S, Publisher
+
+STEPS: Key = ("orchestrator_steps_total", ())
+
+
+def step(meter: Meter, steps: float = 1.0) -> None:
+    meter.count("orchestrator_steps_total", steps)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def publisher(send: Callable[[Snapshot], Counted], attempt: int = 1) -> Publisher:
+    return Publisher(send, run="a", source="0", attempt=attempt, interval_s=0.01)
+
+
+def test_what_is_noted_arrives_and_the_last_word_says_so() -> None:
+    sent: list[Snapshot] = []
+    board = Board(ttl_s=10)
+
+    def send(snapshot: Snapshot) -> Counted:
+        sent.append(snapshot)
+        return board.take(snapshot)
+
+    first = publisher(send)
+    for _ in range(5):
+        first.note(step)
+    first.close()
+    assert sent[-1].leaving
+    assert sent[-1].own.counters[STEPS] == 5
+    second = publisher(send, attempt=2)
+    second.note(step, steps=2.0)
+    until(lambda: sent[-1].attempt == 2 and sent[-1].before is not None)
+    second.close()
+    assert sent[-1].before is not None
+    assert sent[-1].before.counters[STEPS] == 5, "what the hub said of the attempt before, said again"
+
+
+def test_a_dead_hub_is_tried_again_and_nothing_is_lost() -> None:
+    dead = threading.Event()
+    dead.set()
+    sent: list[Snapshot] = []
+    tries: list[int] = []
+
+    def send(snapshot: Snapshot) -> Counted:
+        tries.append(1)
+        if dead.is_set():
+            raise OSError("no hub")
+        sent.append(snapshot)
+        return Counted()
+
+    under_test = publisher(send)
+    under_test.note(step)
+    until(lambda: len(tries) > 3)
+    dead.clear()
+    until(lambda: bool(sent))
+    under_test.close()
+    assert sent[0].own.counters[STEPS] == 1
+    assert sent[0].own.counters["orchestrator_pushes_failed_total", ()] >= 3
+
+
+def test_a_hub_that_hangs_holds_nobody_up() -> None:
+    hang = threading.Event()
+
+    def send(snapshot: Snapshot) -> Counted:
+        hang.wait(60)
+        return Counted()
+
+    under_test = publisher(send)
+    for _ in range(200_000):  # more than is kept
+        under_test.note(step)
+    started = time.monotonic()
+    under_test.close()
+    assert time.monotonic() - started < FAREWELL_S + 30, "it gives up by itself, not when the hub answers"
+    hang.set()
+
+
+def test_a_sample_is_taken_for_each_snapshot() -> None:
+    sent: list[Snapshot] = []
+
+    def send(snapshot: Snapshot) -> Counted:
+        sent.append(snapshot)
+        return Counted()
+
+    def sample(meter: Meter) -> None:
+        meter.set("orchestrator_device_memory_used_bytes", 7.0)
+
+    under_test = Publisher(send, run="a", source="0", attempt=1, sample=sample, interval_s=0.01)
+    until(lambda: bool(sent))
+    under_test.close()
+    assert sent[0].gauges["orchestrator_device_memory_used_bytes", ()] == 7.0
