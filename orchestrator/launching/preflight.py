@@ -12,7 +12,7 @@ from orchestrator.errors import CheckpointError, DataError, RunFolderError
 from orchestrator.job import Job
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json
-from orchestrator.training.checkpoint import list_checkpoints, set_aside_after, verify
+from orchestrator.training.checkpoint import list_checkpoints, set_aside, set_aside_after, verify
 from orchestrator.training.data import open_dataset
 
 __all__ = [
@@ -112,14 +112,13 @@ def finished_summary(request: RunRequest, folder: RunFolder) -> dict[str, Any] |
     return summary
 
 
-def choose_checkpoint(request: RunRequest, folder: RunFolder) -> list[Path]:
-    """Verify the checkpoint the run would go on from; returns newer ones that were set aside on request.
+def choose_checkpoint(request: RunRequest, folder: RunFolder) -> list[str]:
+    """Find the checkpoint that the run goes on from, and set aside what is newer or not whole; returns what was done.
 
     Raises:
-        CheckpointError: it is corrupt; the message names the newest one that is intact.
+        CheckpointError: the one asked for does not exist or is not whole, or none of those that exist is.
     """
     existing = list_checkpoints(folder.checkpoints)
-    moved: list[Path] = []
     if request.from_checkpoint is not None:
         names = {path.name: path for path in existing}
         if request.from_checkpoint not in names:
@@ -127,11 +126,19 @@ def choose_checkpoint(request: RunRequest, folder: RunFolder) -> list[Path]:
             raise CheckpointError(
                 f"--from-checkpoint {request.from_checkpoint}: no such checkpoint; there are: {offer}"
             )
-        moved = set_aside_after(folder.checkpoints, names[request.from_checkpoint])
-        existing = list_checkpoints(folder.checkpoints)
-    if existing:
-        _require_intact(existing)
-    return moved
+        verify(names[request.from_checkpoint])
+        return [f"set aside {path}" for path in set_aside_after(folder.checkpoints, names[request.from_checkpoint])]
+    done: list[str] = []
+    for newest in reversed(existing):
+        try:
+            verify(newest)
+        except CheckpointError as error:
+            done.append(f"{error}; set aside as {set_aside(newest).name}")
+        else:
+            return done
+    if done:
+        raise CheckpointError("\n".join([*done, "no other checkpoint is left: start anew with --fresh"]))
+    return done
 
 
 def prepare(job: Job) -> tuple[int, int]:
@@ -156,22 +163,3 @@ def prepare(job: Job) -> tuple[int, int]:
 
 def _identity(request: RunRequest) -> dict[str, Any]:
     return {"job": request.job, "args": sorted(request.args)}
-
-
-def _require_intact(existing: list[Path]) -> None:
-    try:
-        verify(existing[-1])
-    except CheckpointError as error:
-        intact = next((path for path in reversed(existing[:-1]) if _is_intact(path)), None)
-        remedy = (
-            f"go on from the one before with --from-checkpoint {intact.name}" if intact else "start anew with --fresh"
-        )
-        raise CheckpointError(f"{error}; {remedy}") from None
-
-
-def _is_intact(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True

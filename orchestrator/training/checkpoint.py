@@ -29,7 +29,7 @@ from orchestrator.training.buffers import mean_of
 from orchestrator.training.engine import Engine
 from orchestrator.training.state import TrainState
 
-__all__ = ["Checkpoints", "list_checkpoints", "set_aside_after", "verify"]
+__all__ = ["Checkpoints", "list_checkpoints", "set_aside", "set_aside_after", "verify"]
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -58,19 +58,32 @@ class Checkpoints:
     """What must be equal for shards to be loaded as they are: workers, ZeRO stage, precision."""
 
     def restore(self, engine: Engine) -> TrainState | None:
-        """Load the newest checkpoint into ``engine``, or return None where there is none.
+        """Load the newest checkpoint that is whole into ``engine``, or return None where there is none at all.
 
-        Saved at another number of workers or another ZeRO stage it is taken apart and put together anew; the state is
-        returned as it was saved, with the layout it was saved with.
+        One that fails its checks is set aside, and the one before it is tried. Saved at another number of workers or
+        another ZeRO stage it is taken apart and put together anew; the state is returned as it was saved, with the
+        layout it was saved with.
 
         Raises:
-            CheckpointError: it fails its checks, or was saved in another precision.
+            CheckpointError: none of those that are there is whole, or it was saved in another precision.
         """
-        existing = list_checkpoints(self.root)
-        if not existing:
-            return None
-        newest = existing[-1]
-        manifest = self._verified_by_all(newest)
+        problem = ""
+        for newest in reversed(list_checkpoints(self.root)):
+            try:
+                manifest = self._verified_by_all(newest)
+            except CheckpointError as error:
+                problem = problem or str(error)
+                if dist.get_rank() == 0:
+                    self.fence.check()
+                    set_aside(newest)
+                dist.barrier()
+            else:
+                return self._load(engine, newest, manifest)
+        if problem:
+            raise CheckpointError(f"{problem}; no other is left: start anew with --fresh")
+        return None
+
+    def _load(self, engine: Engine, newest: Path, manifest: dict[str, Any]) -> TrainState:
         saved = manifest["layout_key"]
         if saved["precision"] != self.layout_key["precision"]:
             raise CheckpointError(
@@ -168,15 +181,16 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     return manifest
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Rename ``checkpoint``, so that a run goes on from the one before it; returns the new name."""
+    target = checkpoint.with_name(f"set-aside-{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    return checkpoint.rename(target)
+
+
 def set_aside_after(root: Path, keep: Path) -> list[Path]:
     """Rename every checkpoint newer than ``keep``, so that a run goes on from it; returns the new names."""
-    moved = []
-    for path in list_checkpoints(root):
-        if path.name > keep.name:
-            target = path.with_name(f"set-aside-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            moved.append(path.rename(target))
-    return moved
+    return [set_aside(path) for path in list_checkpoints(root) if path.name > keep.name]
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_a_run_goes_on_with_another_number_of_workers(command: Start, run: Run, 
     assert {record["workers"] for record in records(folder)[stopped:]} == {1}
 
 
-def test_corrupt_checkpoint_is_named_and_the_one_before_offered(
+def test_corrupt_checkpoint_is_set_aside_and_the_one_before_used(
     undisturbed: Ended, command: Start, run: Run, tmp_path: Path
 ) -> None:
     process = command(DIGITS, "--set", "checkpoint.interval_steps=40", "--set", "checkpoint.keep=3")
@@ -221,14 +221,11 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_offered(
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
 
-    refused = run(DIGITS)
-    assert refused.code == 2
-    assert newest.name in refused.err
-    assert shard.name in refused.err
-    assert "--from-checkpoint step-00000080" in refused.err
-
-    done = run(DIGITS, "--from-checkpoint", "step-00000080")
+    done = run(DIGITS)
     assert done.code == 0, done.err
+    assert f"{newest} is corrupt: state/{shard.name} has other bytes" in done.err
+    assert f"set aside as set-aside-{newest.name}" in done.err
+    assert "going on from checkpoint step-00000080" in done.err
     assert (folder / "checkpoints" / f"set-aside-{newest.name}").is_dir()
     assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
 

@@ -351,12 +351,31 @@ def test_a_pickle_that_is_none(checkpoint: Path, content: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_a_corrupt_one_is_refused_by_every_rank(two: GlooGroup, checkpoint: Path) -> None:
+def test_a_corrupt_one_is_set_aside_by_every_rank(two: GlooGroup, checkpoint: Path) -> None:
     """Each verifies a part of the files, and none loads before all have found their part good."""
     flip_a_bit(checkpoint / OPTIMIZER)
     ends = two.run(run_loop, config_of(ADAMW, 1), Toy(mlp), *new_run(checkpoint.parents[1]))
-    message = f"checkpoint {checkpoint} is corrupt: {OPTIMIZER} has other bytes than were written"
+    message = (
+        f"checkpoint {checkpoint} is corrupt: {OPTIMIZER} has other bytes than were written; "
+        "no other is left: start anew with --fresh"
+    )
     assert {(end.error, end.message) for end in ends} == {("CheckpointError", message)}
+    assert checkpoint.with_name(f"set-aside-{checkpoint.name}").is_dir()
+
+
+@pytest.mark.slow
+def test_the_one_before_a_corrupt_one_is_used(two: GlooGroup, tmp_path: Path) -> None:
+    config = config_of(ADAMW, 1, interval_steps=2, keep=3)
+    two.run(run_loop, config, Toy(mlp), *new_run(tmp_path / "whole"))
+    root, driver = new_run(tmp_path / "parts")
+    two.run(run_loop, config, Toy(mlp), root, driver, 7)
+    *_, before, newest = list_checkpoints(root / "checkpoints")
+    flip_a_bit(newest / OPTIMIZER)
+    ends = two.run(run_loop, config, Toy(mlp), root, driver)
+    assert {end.error for end in ends} == {""}
+    assert losses(root) == losses(tmp_path / "whole")
+    assert (newest.with_name(f"set-aside-{newest.name}") / "manifest.json").is_file()
+    assert int(before.name[-8:]) < int(newest.name[-8:])
 
 
 @pytest.mark.slow
