@@ -425,12 +425,21 @@ class CheckpointConfig(Part):
 
     uri: str = "runs"
     """Folder that holds the folders of runs; a relative one starts at the working directory."""
-    interval_s: PositiveFloat = 60.0
-    """Seconds between checkpoints."""
+    interval_s: PositiveFloat | Auto = 60.0
+    """Seconds between checkpoints; auto: what loses the least, by what a save costs and how often the run has failed."""
     interval_steps: PositiveInt | None = None
     """Also save every so many optimizer steps."""
     keep: PositiveInt = 2
     """How many checkpoints are kept."""
+    best: str | None = None
+    """Save when this metric is better than ever, and keep that checkpoint too: accuracy:max or loss:min, for example."""
+
+    @field_validator("best")
+    @classmethod
+    def _names_a_direction(cls, best: str | None) -> str | None:
+        if best is not None and not re.fullmatch(r"[^:]+:(max|min)", best):
+            raise ValueError(f"{best!r} names no metric and direction: write accuracy:max or loss:min, for example")
+        return best
 
 
 class FailureConfig(Part):

@@ -89,8 +89,8 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         if (done := finished_summary(request, folder)) is not None:
             listener.note(f"{job.config.name} is finished already; start it anew with --fresh")
             return done
-        for done in choose_checkpoint(request, folder):
-            listener.note(done)
+        for note in choose_checkpoint(request, folder):
+            listener.note(note)
         return _launch(request, job, folder, lock.driver, sizes, listener, started)
     finally:
         lock.release()

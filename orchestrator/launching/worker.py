@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class _Worker:
             ),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
+            **_past(self._folder),
         )
 
     def _publish(
@@ -179,6 +181,13 @@ def _facts(config: RunConfig, plan: Plan) -> RunFacts:
         flops_per_sample=telemetry.flops_per_sample,
         peak_flops_per_s=telemetry.peak_flops_per_s,
     )
+
+
+def _past(folder: RunFolder) -> dict[str, Any]:
+    """How often earlier attempts failed, and for how long the run has lived; this attempt is not written down yet."""
+    attempts = read(folder.attempts)
+    failures = sum((1 if one["event"] == "started" else -1) for one in attempts)
+    return {"failures": max(0, failures), "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
 
 
 def _for_workers(config: RunConfig, workers: int) -> RunConfig:

@@ -14,6 +14,7 @@ import pickle
 import random
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class Checkpoints:
         if final.exists():
             _delete(final)
         draft.rename(final)
-        for old in list_checkpoints(self.root)[: -self.keep]:
+        for old in superseded(list_checkpoints(self.root), self.keep):
             _delete(old)
 
     def _verified_by_all(self, checkpoint: Path) -> dict[str, Any]:
@@ -154,6 +155,18 @@ class Checkpoints:
 def list_checkpoints(root: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
     return sorted(path for path in root.glob("step-*") if (path / MANIFEST).is_file())
+
+
+def superseded(existing: Sequence[Path], keep: int) -> list[Path]:
+    """Those of ``existing``, oldest first, that are neither of the newest ``keep`` nor the best that was evaluated."""
+    older = list(existing[:-keep])
+    states = {path: _read_manifest(path)["state"] for path in existing} if older else {}
+    best = states[existing[-1]]["best"] if older else None
+    for path in existing:
+        state = states.get(path, {})
+        if best is not None and state["best"] == best and state["evaluated_at"] == state["progress"]:
+            return [other for other in older if other != path]
+    return older
 
 
 def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from orchestrator.job import Dataset, Task
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
+from orchestrator.training.cadence import Cadence
 from orchestrator.training.checkpoint import Checkpoints, list_checkpoints
 from orchestrator.training.data import Stream
 from orchestrator.training.engine import Engine
@@ -49,6 +50,10 @@ class Training:
     scheduler: Scheduler
     rank: int
     stop_requested: Callable[[], bool]
+    failures: int = 0
+    """Earlier attempts that did not end by themselves."""
+    lived_s: float = 0.0
+    """From the first attempt's beginning to this one's."""
 
 
 def train(run: Training) -> Outcome:
@@ -62,7 +67,8 @@ def train(run: Training) -> Outcome:
     run.recorder.begin(state, run.engine.clock.lap())
     state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
-    saved_step, saved_at, stop = state.step, time.monotonic(), False
+    cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)
+    saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
         with run.engine.clock.part("data_wait"):
             micro_batches = [
@@ -73,7 +79,7 @@ def train(run: Training) -> Outcome:
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(run.stop_requested(), _save_due(run, state, saved_at), *spoken(decision)),
+            rank_zero_says=(run.stop_requested(), cadence.due(state.step + 1, time.monotonic()), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
         asked_to_stop, save_due, *said = stats.rank_zero_says
@@ -84,11 +90,12 @@ def train(run: Training) -> Outcome:
         state = _act(run, before, state, decision, said)
         # Before anything is saved: moments and settings of a checkpoint belong to its state.
         scaling = run.scheduler.scale(run.engine, state, scaling)
+        best = state.best
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
-        if save_due and stats.finite:
-            _save(run, state)
-            saved_step, saved_at = state.step, time.monotonic()
+        if (save_due or state.best != best) and stats.finite:
+            cadence = cadence.saved(time.monotonic(), _save(run, state))
+            saved_step = state.step
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step:
@@ -124,31 +131,31 @@ def _learning_rate(run: Training, state: TrainState) -> float:
     return peak * factor(run.config.recipe.schedule, start, end) * state.learning_rate_factor
 
 
-def _save_due(run: Training, state: TrainState, saved_at: float) -> bool:
-    every = run.config.checkpoint.interval_steps
-    by_step = every is not None and (state.step + 1) % every == 0
-    return by_step or time.monotonic() - saved_at >= run.config.checkpoint.interval_s
-
-
 def _evaluate(run: Training, state: TrainState) -> TrainState:
     assert run.evaluation_set is not None
     started = time.perf_counter()
     with run.engine.clock.part("evaluation"):
         metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
-    if (wanted := run.plan.stop.metric) is not None and wanted not in metrics:
-        raise ConfigError(
-            f"recipe.stop.metric={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}"
-        )
-    state = state.evaluated(metrics)
+    best = run.config.checkpoint.best
+    for field, wanted in (
+        ("recipe.stop.metric", run.plan.stop.metric),
+        ("checkpoint.best", best and best.split(":")[0]),
+    ):
+        if wanted is not None and wanted not in metrics:
+            raise ConfigError(f"{field}={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}")
+    state = state.evaluated(metrics, best)
     run.recorder.evaluation(state, time.perf_counter() - started)
     return state
 
 
-def _save(run: Training, state: TrainState) -> None:
+def _save(run: Training, state: TrainState) -> float:
+    """Save; returns for how many seconds the run was held up."""
     started = time.perf_counter()
     with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
         saved = run.checkpoints.save(run.engine, state)
-    run.recorder.checkpoint(saved, time.perf_counter() - started)
+    blocked_s = time.perf_counter() - started
+    run.recorder.checkpoint(saved, blocked_s)
+    return blocked_s
 
 
 def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> None:

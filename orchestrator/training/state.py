@@ -64,6 +64,8 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     evaluation: dict[str, float] | None = None
     evaluated_at: float = 0.0
+    best: float | None = None
+    """Best value so far of the metric that ``checkpoint.best`` names."""
     history: History = field(default_factory=History)
 
     @classmethod
@@ -117,9 +119,15 @@ class TrainState:
         history = self.history.changed(kind, self.step, self.progress, self.layout, layout)
         return replace(self, layout=layout, history=history)
 
-    def evaluated(self, metrics: dict[str, float]) -> TrainState:
-        """The state after an evaluation."""
-        return replace(self, evaluation=metrics, evaluated_at=self.progress)
+    def evaluated(self, metrics: dict[str, float], best: str | None = None) -> TrainState:
+        """The state after an evaluation; ``best`` is the config's ``checkpoint.best``."""
+        state = replace(self, evaluation=metrics, evaluated_at=self.progress)
+        if best is None:
+            return state
+        name, direction = best.split(":")
+        value = metrics[name]
+        better = self.best is None or (value > self.best if direction == "max" else value < self.best)
+        return replace(state, best=value) if better and math.isfinite(value) else state
 
     def evaluation_due(self, plan: Plan) -> bool:
         """Whether progress has passed a multiple of ``plan.evaluate_every`` since the last evaluation."""
