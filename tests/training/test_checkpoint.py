@@ -330,7 +330,9 @@ def test_a_pickle_that_would_run_code(two: GlooGroup, checkpoint: Path, protocol
     else:  # its way of naming is none that torch itself writes
         assert message.startswith(f"checkpoint {(checkpoint / name).parent} is corrupt: {Path(name).name}: ")
     ends = two.run(run_loop, config_of(ADAMW, 1), Toy(mlp), *new_run(checkpoint.parents[1]))
-    assert {(end.error, end.message) for end in ends} == {("CheckpointError", message)}
+    assert {(end.error, end.message) for end in ends} == {
+        ("CheckpointError", f"{message}; no other is left: start anew with --fresh")
+    }
     assert not marker.exists()
     torch.load(checkpoint / name, weights_only=False)
     assert marker.exists(), "the file would have been dangerous"
