@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 UNIT := not ray and not s3 and not k8s and not gpu and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lint format clean
+.PHONY: help install run test check lint format chart-files kube-tools clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## create .venv with the pinned versions; does nothing when it is up to date
 
@@ -44,6 +44,12 @@ lint: $(STAMP)  ## check format, lint, types and layers; change nothing
 format: $(STAMP)  ## rewrite the sources the way lint wants them
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format .
+
+chart-files: $(STAMP)  ## copy rules and dashboards into the chart, renew its table of values
+	@$(BIN)/python helm/chart_files.py
+
+kube-tools: $(STAMP)  ## put helm and kubectl into .venv, for the tests that need them
+	@$(BIN)/python helm/kube_tools.py
 
 clean:  ## remove .venv, builds and caches; runs/ and data/ stay
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

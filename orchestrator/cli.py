@@ -202,7 +202,7 @@ def submit(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send JOB to a cluster; giving the command twice is harmless, and goes on with a run that was stopped or killed."""
+    """Send JOB to a cluster; giving the command twice is harmless, and goes on with a stopped or killed run."""
     from orchestrator.launching.jobs import Extras
 
     extras = Extras(env=tuple(env or ()), pip=tuple(pip or ()), working_dir=working_dir, cpus=driver_cpus)

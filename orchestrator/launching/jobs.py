@@ -294,7 +294,7 @@ class JobServer:
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
         except OSError as error:
             raise ClusterError(
-                f"no Ray job server answers at {self.address} ({error.strerror or error}): is the head up? On Kubernetes: "
+                f"no Ray job server answers at {self.address} ({error.strerror or error}): is the head up? Kubernetes: "
                 "kubectl port-forward service/NAME-head-svc 8265"
             ) from None
 

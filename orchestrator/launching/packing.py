@@ -104,7 +104,7 @@ def _add(archive: zipfile.ZipFile, root: Path, path: Path) -> int:
 def _too_large(root: Path, packed: Counter[str], limit_bytes: int) -> str:
     largest = ", ".join(f"{name} ({size(number)})" for name, number in packed.most_common(3))
     return (
-        f"{root} packs to more than {size(limit_bytes)}, the most that Ray takes; the largest so far: {largest}. Exclude "
+        f"{root} packs to more than {size(limit_bytes)}, the most that Ray takes; largest so far: {largest}. Exclude "
         "data and results in .gitignore or .rayignore and let the job read them from shared storage, or put a zip "
         "there and give its address: --working-dir s3://BUCKET/code.zip"
     )

@@ -14,7 +14,7 @@ import yaml
 
 import kube
 from chart_values import MAKERS, random_values
-from kube import CHART, REPOSITORY, Tools, objects
+from kube import CHART, Tools, objects
 from orchestrator.config import NAME
 
 pytestmark = [pytest.mark.k8s]
@@ -327,17 +327,6 @@ def test_a_job_name_of_the_longest_length_is_a_run_name(tools: Tools) -> None:
     name = "d" * (47 - len("team-orchestrator-"))
     assert NAME.fullmatch(name)
     assert only(rendered(tools, {"jobs": {name: {"job": "a:b"}}}), "RayJob")["metadata"]["name"].endswith(name)
-
-
-def test_files_of_the_chart_are_those_of_the_cluster_folder() -> None:
-    """`make chart-files` copies them; whichever exist must be equal, byte for byte, and none may be left over."""
-    source, target = REPOSITORY / "cluster", CHART / "files"
-    wanted = {
-        path.relative_to(source) for path in [*source.glob("prometheus/rules.yml"), *source.glob("grafana/*.json")]
-    }
-    assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == wanted
-    for path in wanted:
-        assert (target / path).read_bytes() == (source / path).read_bytes(), path
 
 
 def test_dashboards_and_rules_reach_the_objects_unchanged(tools: Tools, tmp_path: Path) -> None:

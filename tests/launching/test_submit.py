@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from commands import REPOSITORY, TIMEOUT_S, Ended, environment
 
@@ -34,7 +38,7 @@ class Head:
     process: subprocess.Popen[bytes]
     address: str
     home: Path
-    token: str = TOKEN
+    temporary: Path
 
     def environment(self, token: str | None) -> dict[str, str]:
         auth = {} if token is None else {"RAY_AUTH_TOKEN": token}
@@ -63,6 +67,7 @@ class Head:
 
 def start_head(folder: Path) -> Head:
     port = free_port()
+    temporary = Path(tempfile.gettempdir()) / f"orchestrator-{port}"  # sockets in it must have short paths
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -71,27 +76,26 @@ def start_head(folder: Path) -> Head:
     words += ["--ray-client-server-port=0", f"--metrics-export-port={free_port()}"]
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", *words, f"--temp-dir=/tmp/orchestrator-test-{port}"],
+            [sys.executable, "-m", "ray.scripts.scripts", *words, f"--temp-dir={temporary}"],
             env={**kept, **own, "PATH": path},
             cwd=folder,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    head = Head(process, f"http://127.0.0.1:{port}", folder)
+    head = Head(process, f"http://127.0.0.1:{port}", folder, temporary)
     wait_until(lambda: head("jobs").code == 0, process, folder / "head.log")
     return head
 
 
 def end_head(head: Head) -> None:
-    head.process.terminate()
-    try:
-        head.process.wait(30)
-    finally:
-        try:
-            os.killpg(head.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    """Kill the head and all that it started, at once, as a lost machine would."""
+    family = [head.process.pid, *(child.pid for child in psutil.Process(head.process.pid).children(recursive=True))]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    head.process.wait()
+    shutil.rmtree(head.temporary, ignore_errors=True)
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: Path | None = None) -> None:
@@ -248,8 +252,7 @@ def test_dead_head_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytes
         attempt = server.attempt("long")
         wait_until(lambda: "samples/s" in server.logs(attempt), doomed.process)
     finally:
-        os.killpg(doomed.process.pid, signal.SIGKILL)
-        doomed.process.wait()
+        end_head(doomed)
     with pytest.raises(ClusterLostError, match="lost the cluster while following long"):
-        server.follow(attempt, lambda text: None, lambda text: None)
+        server.follow(attempt, str, str)
     assert doomed("status", "long").code == 2
