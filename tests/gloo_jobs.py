@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.training.buffers import averaged, local_buffers
+from orchestrator.telemetry.hub import Board
+from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import Stream, open_dataset
 from orchestrator.training.engine import Engine
@@ -453,6 +456,73 @@ def run_loop(config: RunConfig, task: Task, root: Path, driver: str, stop_in: in
         run.checkpoints.fence.release()
     weights, buffers = weights_of(run.engine), local_buffers(run.engine.module)
     return Ended(outcome.reason, outcome.stopped, outcome.state, weights, buffers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Toy):
+    """Holds one rank up in each step, or each checkpoint: where is one of "data", "loss", "store"."""
+
+    where: str = ""
+    rank: int = 0
+    SLEEP_S = 0.05
+
+    def take(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        self.sleep("data")
+        return self.train.take(positions)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.sleep("loss")
+        return super().loss(model, batch)
+
+    def sleep(self, where: str) -> None:
+        if where == self.where and dist.get_rank() == self.rank:
+            time.sleep(self.SLEEP_S)
+
+
+class SlowCheckpoints(Checkpoints):
+    """A store that takes its time."""
+
+    def save(self, engine: Engine, state: TrainState) -> Path:
+        time.sleep(10 * Slow.SLEEP_S)
+        return super().save(engine, state)
+
+
+def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> tuple[dict[str, float], float]:
+    """Train, published to a board; returns this rank's seconds by part, and the wall time from engine to end."""
+    board = Board(ttl_s=60.0)
+    started = time.perf_counter()
+    run = _training(config, task, RunFolder(root), driver, None)
+    publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=0.05)
+    changes: dict[str, Any] = {
+        "recorder": Recorder(
+            RunFolder(root), run.checkpoints.fence, run.plan, rank=dist.get_rank(), attempt=1, publisher=publisher
+        )
+    }
+    if task.where == "data":
+        changes["train_set"] = _Taking(task)
+    if task.where == "store":
+        changes["checkpoints"] = SlowCheckpoints(**vars(run.checkpoints))
+    try:
+        train(dataclasses.replace(run, **changes))
+    finally:
+        took = time.perf_counter() - started
+        publisher.close()
+        run.checkpoints.fence.release()
+    last = next(iter(board._held.values())).counted.counters
+    return {labels[0]: s for (name, labels), s in last.items() if name == "orchestrator_rank_seconds_total"}, took
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taking:
+    """The training set of a task that takes part in it."""
+
+    task: Slow
+
+    def __len__(self) -> int:
+        return len(self.task.train)
+
+    def take(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        return self.task.take(positions)
 
 
 def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, stop_in: int | None) -> Training:
