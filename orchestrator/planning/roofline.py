@@ -8,7 +8,8 @@
 3. **Volume** per optimizer step in DeepSpeed 0.19.8, in elements of the P parameters, times (N - 1)/N, as measured on two ranks
    (it differs from the ZeRO paper): stage 0: 2; stage 1: 3; stage 2: 2a + 1; stage 3: 3a, of which 2a gathers. In 16 bit an element has 2 bytes, and 4 where
    gradients are summed in fp32 in stage 1.
-4. **A ring** moves its volume at the slowest link it crosses: inside a node the device's link, across nodes its share of the network, both at
+4. **A ring** moves its volume at the slowest link it crosses: inside a node the device's link, across nodes all NICs of a node together, since its rings
+   leave through different ones, both at
    ``LINK`` = 75 % of the published rate (nccl-tests' bus bandwidth for large messages), plus a latency for each of the messages.
 5. **Overlap.** Stages 2 and 3 communicate while they compute; what hides is at most ``OVERLAP`` = 80 % of the computation (assumption), and communication
    takes that from the computation's own kernels: ``CONTENTION`` = 10 % of the hidden time (assumption: NCCL holds some of the multiprocessors and of the memory's bandwidth).
@@ -21,6 +22,7 @@ How far to trust it: without a timing, the median error of six published runs is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,10 @@ class StepParts:
     def total(self) -> Any:
         """The whole step."""
         return self.compute + self.exposed_communication + self.optimizer + self.offload + self.unseen
+
+    def at(self, index: int) -> StepParts:
+        """One of several."""
+        return StepParts(*(float(part[index]) for part in vars(self).values()))
 
 
 def step_parts(
@@ -126,9 +132,9 @@ def communication_s(
         3: 3.0 * accumulation,
     }[zero_stage]
     num_bytes = element * profile.parameters * volume * (workers - 1) / workers
-    link = accelerator.link_bytes_per_s if nodes == 1 else min(
-        accelerator.link_bytes_per_s, accelerator.network_bytes_per_s
-    )
+    # A node's rings leave it through different NICs: together they have its whole network.
+    network = accelerator.network_bytes_per_s * math.ceil(workers / nodes)
+    link = accelerator.link_bytes_per_s if nodes == 1 else min(accelerator.link_bytes_per_s, network)
     per_message = MESSAGE_S["inside" if nodes == 1 else "across"] * np.log2(workers)
     # Stage 3 gathers tensor by tensor, a bucket ahead; the others send whole buckets.
     units = profile.tensors / 8 if zero_stage == 3 else profile.parameters / BUCKET_ELEMENTS_PER_MESSAGE
