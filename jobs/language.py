@@ -34,7 +34,19 @@ from orchestrator.config import (
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
 
-__all__ = ["GPT", "Attention", "Block", "CrossEntropy", "Shape", "SwiGLU", "TextTask", "gpt", "rotate", "rotations", "write_text"]
+__all__ = [
+    "GPT",
+    "Attention",
+    "Block",
+    "CrossEntropy",
+    "Shape",
+    "SwiGLU",
+    "TextTask",
+    "gpt",
+    "rotate",
+    "rotations",
+    "write_text",
+]
 
 VOCABULARY = 256
 """Every byte is a token: nothing to train or to store beside the text."""

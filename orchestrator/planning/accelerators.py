@@ -6,11 +6,12 @@ Memory is what a process may allocate at most, so a little less than the nominal
 device's share of what a node of the usual build has to other nodes (8 NICs of 200 Gbit/s beside 8 A100, of 400 beside
 8 H100; one of 25 or 100 Gbit/s on machines with PCIe cards).
 
-**Achievable fractions.** No published peak is reached: matrix units stall on instruction issue, on tiles that do not fill
-the chip, and since Hopper on power. ``matmul`` is the fraction that cuBLAS or hipBLASLt reach on large 16-bit products
-of random numbers in a loop, ``attention`` that of a fused attention kernel (Dao 2023, arXiv:2307.08691, table of figure 4: forward
-and backward together up to 225 TFLOP/s on A100 and 338 on H100, less at 2,048 tokens and with a causal mask), ``bandwidth``
-that of streaming kernels. Where nobody has published them they are those of the nearest relative: assumptions.
+**Achievable fractions.** No published peak is reached: matrix units stall on instruction issue, on tiles that do not
+fill the chip, and since Hopper on power. ``matmul`` is the fraction that cuBLAS or hipBLASLt reach on large 16-bit
+products of random numbers in a loop, ``attention`` that of a fused attention kernel (Dao 2023, arXiv:2307.08691,
+table of figure 4: forward and backward together up to 225 TFLOP/s on A100 and 338 on H100, less at 2,048 tokens and
+with a causal mask), ``bandwidth`` that of streaming kernels. Where nobody has published them they are those of the
+nearest relative: assumptions.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def _gpu(
     return replace(made, **fields)  # type: ignore[arg-type]
 
 
-# Hopper and later throttle on power under dense matrix products of random numbers: cuBLAS holds 600 to 700 TFLOP/s on an
-# H100 SXM, against 240 to 270 of an A100's 312.
+# Hopper and later throttle on power under dense matrix products of random numbers: cuBLAS holds 600 to 700 TFLOP/s on
+# an H100 SXM, against 240 to 270 of an A100's 312.
 HOPPER = {"matmul": 0.66, "attention": 0.33, "host_bytes_per_s": 25e9, "launch_s": 5e-6}
 AMPERE = {"matmul": 0.8, "attention": 0.5}
 NO_FUSED_16 = {"matmul": 0.6, "attention": 0.3}
@@ -104,17 +105,44 @@ TABLE: tuple[Accelerator, ...] = (
     _gpu("a10g", 22.5, 70, 35, 600, 12, 12.5, "AWS G5 page; A10 data sheet, at the G's clocks", matmul=0.7, per_node=8),
     _gpu("l4", 22.5, 121, 30.3, 300, 12, 12.5, "NVIDIA L4 data sheet, half of the sparse rate", matmul=0.5),
     _gpu("l40s", 44.5, 362, 91.6, 864, 25, 50, "NVIDIA L40S data sheet, half of the sparse rate", matmul=0.6),
-    _gpu("rtx-4090", 23.6, 165, 82.6, 1008, 12, 10, "NVIDIA Ada white paper, fp16 with fp32 sums", matmul=0.85, per_node=4),
+    _gpu(
+        "rtx-4090",
+        23.6,
+        165,
+        82.6,
+        1008,
+        12,
+        10,
+        "NVIDIA Ada white paper, fp16 with fp32 sums",
+        matmul=0.85,
+        per_node=4,
+    ),
     _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 300, 200, "NVIDIA A100 SXM data sheet", **AMPERE),
     _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 300, 200, "NVIDIA A100 SXM data sheet", **AMPERE),
     _gpu("h100-80gb", 79.1, 989, 67, 3350, 450, 400, "NVIDIA H100 SXM data sheet, half of the sparse rate", **HOPPER),
     _gpu("h200", 139.8, 989, 67, 4800, 450, 400, "NVIDIA H200 data sheet, half of the sparse rate", **HOPPER),
-    _gpu("b200", 178, 2250, 75, 7700, 900, 400, "NVIDIA Blackwell data sheet (HGX B200), half of the sparse rate", **HOPPER),
+    _gpu(
+        "b200",
+        178,
+        2250,
+        75,
+        7700,
+        900,
+        400,
+        "NVIDIA Blackwell data sheet (HGX B200), half of the sparse rate",
+        **HOPPER,
+    ),
     _gpu("gb200", 184, 2500, 80, 8000, 900, 400, "NVIDIA GB200 NVL72 page, per GPU", **HOPPER, per_node=4),
-    _gpu("mi250", 63.9, 181, 45.3, 1638, 50, 100, "AMD MI250 data sheet, one of its two dies", matmul=0.6, attention=0.3),
+    _gpu(
+        "mi250", 63.9, 181, 45.3, 1638, 50, 100, "AMD MI250 data sheet, one of its two dies", matmul=0.6, attention=0.3
+    ),
     _gpu("mi300x", 191.5, 1307, 163.4, 5300, 448, 400, "AMD MI300X data sheet", matmul=0.5, attention=0.25),
-    _gpu("tpu-v5e", 15.8, 197, 24, 819, 45, 25, "Google Cloud TPU v5e page; ICI 1,600 Gbit/s over four links", per_node=4),
-    _gpu("tpu-v5p", 95, 459, 57, 2765, 200, 50, "Google Cloud TPU v5p page; ICI 4,800 Gbit/s over six links", per_node=4),
+    _gpu(
+        "tpu-v5e", 15.8, 197, 24, 819, 45, 25, "Google Cloud TPU v5e page; ICI 1,600 Gbit/s over four links", per_node=4
+    ),
+    _gpu(
+        "tpu-v5p", 95, 459, 57, 2765, 200, 50, "Google Cloud TPU v5p page; ICI 4,800 Gbit/s over six links", per_node=4
+    ),
     # One core of a server of today: 2 x 8 fp32 lanes with fused multiply-add at 2.5 GHz, and its share of the memory.
     Accelerator(
         name="cpu",

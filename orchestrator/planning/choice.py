@@ -1,12 +1,12 @@
-"""Which ZeRO stage, offload, checkpointing, micro batch and accumulation: every combination is costed, the best is taken.
+"""Which ZeRO stage, offload, checkpointing, micro batch and accumulation: all are costed, the best is taken.
 
-1. A combination fits when its memory is within the device's. Of those that fit, nothing is offloaded where that is possible,
-   and parameters only where moving the optimizer is not enough.
-2. On accelerators the fastest is taken, and of those within ``TIE`` of it the one with the fewest micro batches, then without
-   checkpointing, then of the lower stage, then with the least memory. The estimate is not finer than that.
+1. A combination fits when its memory is within the device's. Of those that fit, nothing is offloaded where that is
+   possible, and parameters only where moving the optimizer is not enough.
+2. On accelerators the fastest is taken, and of those within ``TIE`` of it the one with the fewest micro batches, then
+   without checkpointing, then of the lower stage, then with the least memory. The estimate is not finer than that.
 3. On CPUs a step's time is a guess, so the order decides alone: fewest micro batches, no checkpointing, lowest stage.
-4. Stage 0 is taken where it is asked for, for one worker, and for LAMB: in stage 1 the state is shared at next to no cost.
-   Stage 1 comes before stage 2 by its time wherever there is accumulation (2 a + 1 volumes against 3).
+4. Stage 0 is taken where it is asked for, for one worker, and for LAMB: in stage 1 the state is shared at next to no
+   cost. Stage 1 comes before stage 2 by its time wherever there is accumulation (2 a + 1 volumes against 3).
 """
 
 from __future__ import annotations

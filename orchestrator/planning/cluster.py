@@ -22,6 +22,8 @@ class ClusterShape:
     accelerator: str = ""
     memory_bytes: int = 0
     """Host memory that workers of a node may take together; 0 where it is not known."""
+    device_memory_bytes: int = 0
+    """Of one accelerator; 0: as the table has it."""
     network_gbit_per_s: float = 0.0
     """Of a node, to the others; 0: what is usual beside its accelerators."""
     imagined: bool = False

@@ -1,8 +1,8 @@
 """How much memory a worker's device needs, and on what.
 
-1. **States**, in bytes per parameter, as DeepSpeed 0.19.8 was measured to allocate them per rank (two gloo ranks, at the end
-   of the backward pass, when they are most). b is 2 in 16 bit and 4 in fp32, s the optimizer's own (Adam 8, momentum 4,
-   plain SGD 0), c a gradient's (4 where 16-bit gradients are summed in fp32, else b), N the workers:
+1. **States**, in bytes per parameter, as DeepSpeed 0.19.8 was measured to allocate them per rank (two gloo ranks, at
+   the end of the backward pass, when they are most). b is 2 in 16 bit and 4 in fp32, s the optimizer's own (Adam 8,
+   momentum 4, plain SGD 0), c a gradient's (4 where 16-bit gradients are summed in fp32, else b), N the workers:
 
    stage 0: b + b + 4 (masters, 16 bit only) + s
    stage 1: b + b + (4 + s)/N, and 4 more where gradients are summed in fp32 beside the 16-bit ones
@@ -11,14 +11,15 @@
 
    In 16 bit with Adam and plain sums: 16, 4 + 12/N, 2 + 14/N and 16/N (Rajbhandari et al. 2020, arXiv:1910.02054,
    figure 1). In fp32 the sharded stages hold a master copy although parameters are fp32 themselves.
-2. **Gathered layers** in stage 3: what is whole at a time, ``LIVE_ELEMENTS`` or the largest layer and the next, and the small
-   tensors that stay whole.
-3. **Buckets** of ``BUCKET_ELEMENTS``: one in stages 1 to 3, two where stage 2 overlaps reduction with the backward pass. Summing 16-bit
-   gradients in fp32 in stage 1 goes through DeepSpeed's BF16_Optimizer, which flattens up to 5e8 elements at a time whatever is set.
-4. **Activations**: what autograd keeps, and the peak over it (the loss, temporaries, a recomputed block), both linear in
-   the micro batch, traced. The batch itself is in the former.
-5. **Fragmentation**: ``FRAGMENTATION`` of 4. Assumption, from one published run (8 B parameters, 8 ranks, compiled: 12 % above what was
-   predicted without temporaries; here these are traced, so half of it).
+2. **Gathered layers** in stage 3: what is whole at a time, ``LIVE_ELEMENTS`` or the largest layer and the next, and
+   the small tensors that stay whole.
+3. **Buckets** of ``BUCKET_ELEMENTS``: one in stages 1 to 3, two where stage 2 overlaps reduction with the backward
+   pass. Summing 16-bit gradients in fp32 in stage 1 goes through DeepSpeed's BF16_Optimizer, which flattens up to 5e8
+   elements at a time whatever is set.
+4. **Activations**: what autograd keeps, and the peak over it (the loss, temporaries, a recomputed block), both linear
+   in the micro batch, traced. The batch itself is in the former.
+5. **Fragmentation**: ``FRAGMENTATION`` of 4. Assumption, from one published run (8 B parameters, 8 ranks, compiled:
+   12 % above what was predicted without temporaries; here these are traced, so half of it).
 6. **Context**: CUDA, NCCL and cuBLAS, 1.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
 """
 

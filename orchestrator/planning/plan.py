@@ -68,7 +68,7 @@ class Costing:
     step_time_s: float
     samples_per_s: float
     mfu: float
-    """Model FLOPs, each counted once, as a share of the accelerators' peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
+    """Model FLOPs, each counted once, as a share of the peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
     parameters: int
     flops_per_sample: float
     alternatives: tuple[Alternative, ...]
@@ -221,7 +221,8 @@ def _setting(config: RunConfig, shape: ClusterShape, plan: Plan, profile: Profil
     if shape.network_gbit_per_s:
         network = shape.network_gbit_per_s / 8 * 1e9 / workers_per_node
         accelerator = replace(accelerator, network_bytes_per_s=network)
-    capacity = host if accelerator.is_cpu and host is not None else accelerator.memory_bytes
+    own = host if accelerator.is_cpu else shape.device_memory_bytes
+    capacity = own or accelerator.memory_bytes
     return Setting(
         profile=profile,
         config=config,
@@ -418,6 +419,9 @@ def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[
     stage = config.layout.zero_stage
     if stage != "auto":
         return stage
+    if (offload := config.layout.offload) in ("all", "optimizer") and config.recipe.optimizer.name != "lamb":
+        reasons.append(f"ZeRO stage {3 if offload == 'all' else 1}: the lowest that offload {offload} works in")
+        return 3 if offload == "all" else 1
     if config.recipe.optimizer.name == "lamb" or workers == 1:
         alone = workers == 1
         reasons.append(f"ZeRO stage 0: {'one worker has nothing to share' if alone else 'LAMB needs whole layers'}")

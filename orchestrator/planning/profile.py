@@ -11,12 +11,12 @@
 4. Twice, at two micro batches: everything is linear in the micro batch (batch norm needs two samples, so it is
    traced at 2 and 4). Kernels are compared one by one; where a model runs others on more samples, only their sums.
 5. Attention is one kernel (``scaled_dot_product_attention``): it keeps queries, keys, values, output and a logarithm
-   per row, and computes the scores again in the backward pass (Dao 2023, arXiv:2307.08691, section 3.1): 2 + 5 products against 2 + 4.
-   On "meta" torch would take the one that keeps all scores. A causal mask halves the work, not the published count.
-   On accelerators ``rms_norm`` is one kernel too.
+   per row, and computes the scores again in the backward pass (Dao 2023, arXiv:2307.08691, section 3.1): 2 + 5
+   products against 2 + 4. On "meta" torch would take the one that keeps all scores. A causal mask halves the work,
+   not the published count. On accelerators ``rms_norm`` is one kernel too.
 
-Where the trace fails (the loss asks for a number, a layer of the user's own has no shape rule), the same is done with real
-numbers on the CPU, unless the model is known to be large. ``Profile.untraced`` says why.
+Where the trace fails (the loss asks for a number, a layer of the user's own has no shape rule), the same is done with
+real numbers on the CPU, unless the model is known to be large. ``Profile.untraced`` says why.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ def profile_model(
     except Exception as error:  # noqa: BLE001 - the user's model and loss run here, and may raise anything
         why = _brief(error)
     if (size := tracer.known_size()) is not None and size > LARGEST_ON_CPU:
-        raise ConfigError(f"the model cannot be traced ({why}), and is too large for a step on the CPU: {size:,} parameters")
+        raise ConfigError(
+            f"the model cannot be traced ({why}), and is too large for a step on the CPU: {size:,} parameters"
+        )
     try:
         return tracer.profile("cpu", untraced=why)
-    except Exception as error:  # noqa: BLE001 - likewise
+    except Exception as error:
         raise ConfigError(
             f"the model cannot be traced without numbers ({why}), nor does its loss run on one sample on the CPU "
             f"({_brief(error)}): mend Task.model and Task.loss"
@@ -169,9 +171,7 @@ class _Tracer:
 
     def _batch(self, size: int, device: str) -> dict[str, Tensor]:
         first = {name: torch.as_tensor(column, device="cpu")[:1] for name, column in self.sample.items()}
-        return {
-            name: tensor.expand(size, *tensor.shape[1:]).contiguous().to(device) for name, tensor in first.items()
-        }
+        return {name: tensor.expand(size, *tensor.shape[1:]).contiguous().to(device) for name, tensor in first.items()}
 
 
 CallKind = Literal["matmul", "attention", "memory", "uncounted"]
@@ -209,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         packet = function._overloadpacket  # noqa: SLF001
         if packet in flop_registry:
             flops = int(flop_registry[packet](*args, **(kwargs or {}), out_val=result))
-            self.note("matmul", flops, _moved(args, outputs), _inner(args, flops, outputs))
+            self.note("matmul", flops, _moved(args, outputs), _inner(flops, outputs))
         elif not _is_free(function):
             self.note("memory", 0, _moved((args, kwargs), outputs), 0)
         return result
@@ -339,7 +339,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
         x, _, *weight = ctx.saved_tensors  # asked for once: a recomputed tensor is handed out once
         ctx.recorder.note("memory", 0, 3 * x.nbytes, 0)
         return None, torch.empty_like(x), torch.empty_like(weight[0]) if weight else None
@@ -421,7 +421,9 @@ def _is_free(function: Any) -> bool:
     return views or function._overloadpacket._qualified_op_name in FREE  # noqa: SLF001
 
 
-FREE = {f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")}
+FREE = {
+    f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
+}
 
 
 def _moved(arguments: Any, outputs: list[Tensor]) -> int:
@@ -430,7 +432,7 @@ def _moved(arguments: Any, outputs: list[Tensor]) -> int:
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
-def _inner(args: Any, flops: int, outputs: list[Tensor]) -> int:
+def _inner(flops: int, outputs: list[Tensor]) -> int:
     """Length of the inner dimension: products per element of the output."""
     elements = sum(t.numel() for t in outputs)
     return max(1, flops // (2 * elements)) if elements else 1

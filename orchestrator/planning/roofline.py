@@ -1,23 +1,27 @@
 """How long a step takes before anything has been timed: kernels against a roofline, volumes against links.
 
-1. **A kernel** takes the longest of: its FLOPs at the rate it can reach, its bytes at the memory's bandwidth (Williams,
-   Waterman & Patterson 2009), and the launch of the next. A matrix product of inner dimension K reaches
-   ``matmul * K / (K + K0)`` of the peak: each tile of the result costs a start and an end (loading the first operands, writing the tile) worth
-   ``K0`` = 128 steps of the inner loop. Assumption, from the shape of published cuBLAS curves. Fractions by accelerator: ``accelerators.py``.
+1. **A kernel** takes the longest of: its FLOPs at the rate it can reach, its bytes at the memory's bandwidth
+   (Williams, Waterman & Patterson 2009), and the launch of the next. A matrix product of inner dimension K reaches
+   ``matmul * K / (K + K0)`` of the peak: each tile of the result costs a start and an end (loading the first
+   operands, writing the tile) worth ``K0`` = 128 steps of the inner loop. Assumption, from the shape of published
+   cuBLAS curves. Fractions by accelerator: ``accelerators.py``.
 2. **Activation checkpointing** needs no rule: the recomputed kernels are in the trace.
-3. **Volume** per optimizer step in DeepSpeed 0.19.8, in elements of the P parameters, times (N - 1)/N, as measured on two ranks
-   (it differs from the ZeRO paper): stage 0: 2; stage 1: 3; stage 2: 2a + 1; stage 3: 3a, of which 2a gathers. In 16 bit an element has 2 bytes, and 4 where
-   gradients are summed in fp32 in stage 1.
-4. **A ring** moves its volume at the slowest link it crosses: inside a node the device's link, across nodes all NICs of a node together, since its rings
-   leave through different ones, both at
-   ``LINK`` = 75 % of the published rate (nccl-tests' bus bandwidth for large messages), plus a latency for each of the messages.
-5. **Overlap.** Stages 2 and 3 communicate while they compute; what hides is at most ``OVERLAP`` = 80 % of the computation (assumption), and communication
-   takes that from the computation's own kernels: ``CONTENTION`` = 10 % of the hidden time (assumption: NCCL holds some of the multiprocessors and of the memory's bandwidth).
-   Stage 1 reduces at the end, in one lump.
-6. **The optimizer** reads and writes its states, masters, gradients and parameters once, at the memory's bandwidth; on a CPU at the host's.
-   Offloaded, gradients go down and parameters come up over PCIe, and the update runs at ``HOST_UPDATE`` bytes/s.
+3. **Volume** per optimizer step in DeepSpeed 0.19.8, in elements of the P parameters, times (N - 1)/N, as measured on
+   two ranks (it differs from the ZeRO paper): stage 0: 2; stage 1: 3; stage 2: 2a + 1; stage 3: 3a, of which 2a
+   gathers. In 16 bit an element has 2 bytes, and 4 where gradients are summed in fp32 in stage 1.
+4. **A ring** moves its volume at the slowest link it crosses: inside a node the device's link, across nodes all NICs
+   of a node together, since its rings leave through different ones, both at ``LINK`` = 75 % of the published rate
+   (nccl-tests' bus bandwidth for large messages), plus a latency for each of the messages.
+5. **Overlap.** Stages 2 and 3 communicate while they compute; what hides is at most ``OVERLAP`` = 80 % of the
+   computation (assumption), and communication takes that from the computation's own kernels: ``CONTENTION`` = 10 % of
+   the hidden time (assumption: NCCL holds some of the multiprocessors and of the memory's bandwidth). Stage 1 reduces
+   at the end, in one lump.
+6. **The optimizer** reads and writes its states, masters, gradients and parameters once, at the memory's bandwidth;
+   on a CPU at the host's. Offloaded, gradients go down and parameters come up over PCIe, and the update runs at
+   ``HOST_UPDATE`` bytes/s.
 
-How far to trust it: without a timing, the median error of six published runs is in ``docs/decisions``; on CPUs it is a guess at one core.
+How far to trust it: without a timing, the median error of six published runs is in ``docs/decisions``; on CPUs it is
+a guess at one core.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ CONTENTION = 0.1
 MESSAGE_S = {"inside": 15e-6, "across": 40e-6}
 BUCKET_ELEMENTS_PER_MESSAGE = 50_000_000
 HOST_UPDATE = 20e9
-UNSEEN_S = 0.03
+UNSEEN = 0.03
 """Share of a step that no model of kernels and links sees: data, waiting for the slowest rank, Python. Assumption."""
 
 
@@ -66,7 +70,7 @@ class StepParts:
 
     def at(self, index: int) -> StepParts:
         """One of several."""
-        return StepParts(*(float(part[index]) for part in vars(self).values()))
+        return StepParts(*(float(np.atleast_1d(part)[index if np.ndim(part) else 0]) for part in vars(self).values()))
 
 
 def step_parts(
@@ -90,10 +94,13 @@ def step_parts(
     hidden = np.minimum(communication, OVERLAP * compute) if zero_stage >= 2 else np.zeros_like(compute)
     shared = 1 if zero_stage == 0 else workers
     update, moved = _update_s(profile, accelerator, shared, offload, optimizer_bytes)
-    parts = compute, communication - hidden + CONTENTION * hidden, update + 0.0 * compute, moved * (
-        1.0 if offload != "all" else 1.0 + 2.0 * times
+    parts = (
+        compute,
+        communication - hidden + CONTENTION * hidden,
+        update + 0.0 * compute,
+        moved * (1.0 if offload != "all" else 1.0 + 2.0 * times),
     )
-    return StepParts(*parts, UNSEEN_S * (parts[0] + parts[1] + parts[2] + parts[3]))
+    return StepParts(*parts, UNSEEN * (parts[0] + parts[1] + parts[2] + parts[3]))
 
 
 def micro_batch_s(work: Pass, accelerator: Accelerator, precision: str, micro_batch: Array) -> Array:
