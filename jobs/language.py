@@ -120,7 +120,7 @@ def gpt(
             clip_norm=1.0,
             stop=Stop(epochs=epochs),
         ),
-        layout=LayoutConfig(zero_stage=1),
+        layout=LayoutConfig(zero_stage=1 if vocabulary is None else "auto"),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=epochs / 20),
     )

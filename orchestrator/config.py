@@ -645,9 +645,23 @@ def _read(text: str, annotation: Any) -> Any:
         return text
     if set(get_args(annotation)) == {str, NoneType}:
         return None if text.lower() in ("none", "null") else text
+    if text.lower() in _words(annotation):
+        return text.lower()
     if "," in text or get_origin(annotation) is tuple:
         return tuple(parse_value(part.strip()) for part in text.split(",") if part.strip())
     return parse_value(text)
+
+
+def _words(annotation: Any) -> set[str]:
+    """Return the words that a field's choices name; "none" is one of them where it says what is moved, not nothing."""
+    members = (annotation, *get_args(annotation))
+    return {
+        value
+        for member in members
+        if get_origin(member) is Literal
+        for value in get_args(member)
+        if isinstance(value, str)
+    }
 
 
 def _parts(annotation: Any) -> list[type[Part]]:

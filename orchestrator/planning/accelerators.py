@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from orchestrator.config import AcceleratorConfig
 from orchestrator.errors import ConfigError
@@ -65,6 +65,15 @@ class Accelerator:
         return self.name == "cpu"
 
 
+class Reached(NamedTuple):
+    """What of the published numbers is reached; the fields of ``Accelerator`` of the same names."""
+
+    matmul: float
+    attention: float
+    launch_s: float = 6e-6
+    host_bytes_per_s: float = 12e9
+
+
 def _gpu(
     name: str,
     memory_gib: float,
@@ -76,9 +85,10 @@ def _gpu(
     source: str,
     *,
     bf16: bool = True,
-    **fields: float,
+    per_node: int = 8,
+    reached: Reached,
 ) -> Accelerator:
-    made = Accelerator(
+    return Accelerator(
         name=name,
         memory_bytes=int(memory_gib * GIB),
         bf16_flops=half_tflops * 1e12 if bf16 else 0.0,
@@ -88,61 +98,39 @@ def _gpu(
         link_bytes_per_s=link_gb_s * 1e9,
         network_bytes_per_s=network_gbit_s / 8 * 1e9,
         source=source,
+        per_node=per_node,
+        **reached._asdict(),
     )
-    return replace(made, **fields)  # type: ignore[arg-type]
 
 
 # Hopper and later throttle on power under dense matrix products of random numbers: cuBLAS holds 600 to 700 TFLOP/s on
 # an H100 SXM, against 240 to 270 of an A100's 312.
-HOPPER = {"matmul": 0.66, "attention": 0.33, "host_bytes_per_s": 25e9, "launch_s": 5e-6}
-AMPERE = {"matmul": 0.8, "attention": 0.5}
-NO_FUSED_16 = {"matmul": 0.6, "attention": 0.3}
+AMPERE = Reached(matmul=0.8, attention=0.5)
+HOPPER = Reached(matmul=0.66, attention=0.33, host_bytes_per_s=25e9, launch_s=5e-6)
+PCIE_CARD = Reached(matmul=0.6, attention=0.35)
+VOLTA = Reached(matmul=0.6, attention=0.3)
+OTHER = Reached(matmul=0.5, attention=0.25)
 
 TABLE: tuple[Accelerator, ...] = (
-    _gpu("t4", 15, 65, 8.1, 320, 8, 3.125, "NVIDIA T4 data sheet", bf16=False, per_node=4, matmul=0.45, attention=0.2),
-    _gpu("v100-16gb", 15.8, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 SXM2 data sheet", bf16=False, **NO_FUSED_16),
-    _gpu("v100-32gb", 31.7, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 SXM2 data sheet", bf16=False, **NO_FUSED_16),
-    _gpu("a10g", 22.5, 70, 35, 600, 12, 12.5, "AWS G5 page; A10 data sheet, at the G's clocks", matmul=0.7, per_node=8),
-    _gpu("l4", 22.5, 121, 30.3, 300, 12, 12.5, "NVIDIA L4 data sheet, half of the sparse rate", matmul=0.5),
-    _gpu("l40s", 44.5, 362, 91.6, 864, 25, 50, "NVIDIA L40S data sheet, half of the sparse rate", matmul=0.6),
+    _gpu("t4", 15, 65, 8.1, 320, 8, 3.125, "NVIDIA T4 data sheet", bf16=False, per_node=4, reached=OTHER),
+    _gpu("v100-16gb", 15.8, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 SXM2 data sheet", bf16=False, reached=VOLTA),
+    _gpu("v100-32gb", 31.7, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 SXM2 data sheet", bf16=False, reached=VOLTA),
+    _gpu("a10g", 22.5, 70, 35, 600, 12, 12.5, "AWS G5 page, NVIDIA A10 data sheet", reached=PCIE_CARD),
+    _gpu("l4", 22.5, 121, 30.3, 300, 12, 12.5, "NVIDIA L4 data sheet, half of the sparse rate", reached=OTHER),
+    _gpu("l40s", 44.5, 362, 91.6, 864, 25, 50, "NVIDIA L40S data sheet, half of the sparse rate", reached=PCIE_CARD),
+    _gpu("rtx-4090", 23.6, 165, 82.6, 1008, 12, 10, "NVIDIA Ada white paper, fp32 sums", per_node=4, reached=AMPERE),
+    _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 300, 200, "NVIDIA A100 SXM data sheet", reached=AMPERE),
+    _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 300, 200, "NVIDIA A100 SXM data sheet", reached=AMPERE),
     _gpu(
-        "rtx-4090",
-        23.6,
-        165,
-        82.6,
-        1008,
-        12,
-        10,
-        "NVIDIA Ada white paper, fp16 with fp32 sums",
-        matmul=0.85,
-        per_node=4,
+        "h100-80gb", 79.1, 989, 67, 3350, 450, 400, "NVIDIA H100 SXM data sheet, half the sparse rate", reached=HOPPER
     ),
-    _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 300, 200, "NVIDIA A100 SXM data sheet", **AMPERE),
-    _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 300, 200, "NVIDIA A100 SXM data sheet", **AMPERE),
-    _gpu("h100-80gb", 79.1, 989, 67, 3350, 450, 400, "NVIDIA H100 SXM data sheet, half of the sparse rate", **HOPPER),
-    _gpu("h200", 139.8, 989, 67, 4800, 450, 400, "NVIDIA H200 data sheet, half of the sparse rate", **HOPPER),
-    _gpu(
-        "b200",
-        178,
-        2250,
-        75,
-        7700,
-        900,
-        400,
-        "NVIDIA Blackwell data sheet (HGX B200), half of the sparse rate",
-        **HOPPER,
-    ),
-    _gpu("gb200", 184, 2500, 80, 8000, 900, 400, "NVIDIA GB200 NVL72 page, per GPU", **HOPPER, per_node=4),
-    _gpu(
-        "mi250", 63.9, 181, 45.3, 1638, 50, 100, "AMD MI250 data sheet, one of its two dies", matmul=0.6, attention=0.3
-    ),
-    _gpu("mi300x", 191.5, 1307, 163.4, 5300, 448, 400, "AMD MI300X data sheet", matmul=0.5, attention=0.25),
-    _gpu(
-        "tpu-v5e", 15.8, 197, 24, 819, 45, 25, "Google Cloud TPU v5e page; ICI 1,600 Gbit/s over four links", per_node=4
-    ),
-    _gpu(
-        "tpu-v5p", 95, 459, 57, 2765, 200, 50, "Google Cloud TPU v5p page; ICI 4,800 Gbit/s over six links", per_node=4
-    ),
+    _gpu("h200", 139.8, 989, 67, 4800, 450, 400, "NVIDIA H200 data sheet, half of the sparse rate", reached=HOPPER),
+    _gpu("b200", 178, 2250, 75, 7700, 900, 400, "NVIDIA HGX B200 data sheet, half the sparse rate", reached=HOPPER),
+    _gpu("gb200", 184, 2500, 80, 8000, 900, 400, "NVIDIA GB200 NVL72 page, per GPU", per_node=4, reached=HOPPER),
+    _gpu("mi250", 63.9, 181, 45.3, 1638, 50, 100, "AMD MI250 data sheet, one of its two dies", reached=VOLTA),
+    _gpu("mi300x", 191.5, 1307, 163.4, 5300, 448, 400, "AMD MI300X data sheet", reached=OTHER),
+    _gpu("tpu-v5e", 15.8, 197, 24, 819, 45, 25, "Google Cloud TPU v5e page, ICI per link", per_node=4, reached=OTHER),
+    _gpu("tpu-v5p", 95, 459, 57, 2765, 200, 50, "Google Cloud TPU v5p page, ICI per link", per_node=4, reached=OTHER),
     # One core of a server of today: 2 x 8 fp32 lanes with fused multiply-add at 2.5 GHz, and its share of the memory.
     Accelerator(
         name="cpu",

@@ -190,8 +190,8 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
 def _enough_workers(setting: Setting, space: Space) -> int | None:
     """The fewest workers, doubling, with which it fits at the same micro batches; None where no number helps."""
     for doublings in range(1, 11):
-        workers = setting.workers * 2**doublings
-        larger = replace(setting, workers=workers, nodes=setting.nodes * 2**doublings)
+        workers: int = setting.workers << doublings
+        larger = replace(setting, workers=workers, nodes=setting.nodes << doublings)
         if choose(larger, space).fits:
             return workers
     return None

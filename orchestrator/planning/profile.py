@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down each kernel, what is kept, and how much is alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Call] = []
         self.kept_bytes = 0
         self.peak_bytes = 0
@@ -275,10 +275,10 @@ def _fused(recorder: _Recorder, *, fused_norm: bool) -> Iterator[None]:
     ) -> Any:
         # The CPU's kernel knows no dropout: all scores are kept there.
         scores = query.shape[:-1].numel() * key.shape[-2] if dropout_p and not fused_norm else 0
-        return _Attention.apply(recorder, query, key, value, attn_mask, is_causal, scores)
+        return _Attention.apply(recorder, query, key, value, attn_mask, is_causal, scores)  # type: ignore[no-untyped-call]
 
     def rms_norm(x: Tensor, _: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:  # noqa: ARG001
-        return _RmsNorm.apply(recorder, x, weight)
+        return _RmsNorm.apply(recorder, x, weight)  # type: ignore[no-untyped-call]
 
     with contextlib.ExitStack() as exchanged:
         exchanged.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))

@@ -121,7 +121,7 @@ def _kernel_s(kernel: Kernel, accelerator: Accelerator, peak: float, micro_batch
     if kernel.kind == "matmul":
         inner = np.maximum(1.0, kernel.inner.at(micro_batch))
         reached = accelerator.matmul * inner / (inner + K0)
-    return np.maximum(longest, kernel.flops.at(micro_batch) / (reached * peak))
+    return np.asarray(np.maximum(longest, kernel.flops.at(micro_batch) / (reached * peak)))
 
 
 def communication_s(

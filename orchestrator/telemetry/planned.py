@@ -103,14 +103,14 @@ def explain_lines(plan: Plan) -> list[str]:
     peak = memory.activations + memory.temporaries
     rows = {
         "parameters": f"P = {human.count(costing.parameters)}, N = {layout.workers} workers on {plan.nodes} node(s)",
-        "states": f"stage {plan.zero_stage}: parameters, gradients, masters, optimizer = {states / costing.parameters:.2f}"
-        f" bytes x P = {human.size(states)}",
+        "states": f"stage {plan.zero_stage}: parameters, gradients, masters, optimizer = "
+        f"{states / costing.parameters:.2f} bytes x P = {human.size(states)}",
         "activations": f"linear in the micro batch of {layout.micro_batch}: kept {human.size(memory.activations)}, "
         f"peak {human.size(peak)}",
         "fragmentation": f"{FRAGMENTATION:g} x peak = {human.size(memory.fragmentation)}",
         "fits": f"{human.size(memory.total)} {'<=' if costing.fits else '>'} {human.size(costing.device_memory_bytes)}",
-        "compute": f"{layout.accumulation} x sum over kernels of max(FLOPs / reached rate, bytes / bandwidth, launch) = "
-        f"{human.duration(step.compute)}",
+        "compute": f"{layout.accumulation} x sum over kernels of max(FLOPs / reached rate, bytes / bandwidth, launch)"
+        f" = {human.duration(step.compute)}",
         "communication": f"what is not hidden, and what hiding costs = {human.duration(step.exposed_communication)}",
         "optimizer": f"states read and written once = {human.duration(step.optimizer)}",
         "offload": f"over PCIe = {human.duration(step.offload)}",
