@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import gloo_jobs as jobs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gloo_jobs as jobs
 from orchestrator.config import AdamW
 from orchestrator.errors import ConfigError
 from orchestrator.planning.accelerators import accelerator_named

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import gloo_jobs as jobs
 import pytest
-from gloo import GlooGroup
 
+import gloo_jobs as jobs
+from gloo import GlooGroup
 from orchestrator.config import SGD, AdamW
 from orchestrator.planning.costs import Linear, Pass, Profile
 from orchestrator.planning.memory import memory_use, model_state_bytes, optimizer_bytes

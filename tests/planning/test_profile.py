@@ -179,7 +179,7 @@ def test_what_neither_traces_nor_runs_is_said() -> None:
         raise LookupError("no such column")
 
     _, _, sample = MODELS["recommender"]
-    with pytest.raises(ConfigError, match="LookupError: no such column.*mend Task.model and Task.loss"):
+    with pytest.raises(ConfigError, match=r"LookupError: no such column.*mend Task\.model and Task\.loss"):
         profile_model(Recommender, loss, sample, fit_out=lambda _: None, recompute=checkpoint_blocks)
 
 
