@@ -9,7 +9,7 @@ import math
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,19 @@ from orchestrator.config import (
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
 
-__all__ = ["GPT", "Attention", "Block", "Shape", "SwiGLU", "TextTask", "gpt", "rotate", "rotations", "write_text"]
+__all__ = [
+    "GPT",
+    "Attention",
+    "Block",
+    "CrossEntropy",
+    "Shape",
+    "SwiGLU",
+    "TextTask",
+    "gpt",
+    "rotate",
+    "rotations",
+    "write_text",
+]
 
 VOCABULARY = 256
 """Every byte is a token: nothing to train or to store beside the text."""
@@ -63,7 +75,9 @@ def gpt(
     width: int = 64,
     layers: int = 4,
     heads: int = 4,
-    kv_heads: int = 2,
+    kv_heads: int | None = None,
+    sequence: int | None = None,
+    vocabulary: int | None = None,
 ) -> Job:
     """Return the job: 218 thousand parameters that come to 2.18 bits per byte on held-out files of Python 3.11.
 
@@ -81,11 +95,16 @@ def gpt(
         width: Features of each byte between the blocks.
         layers: Blocks.
         heads: Attention heads; they divide ``width`` into even parts.
-        kv_heads: Heads of keys and values; they divide ``heads``.
+        kv_heads: Heads of keys and values; they divide ``heads``. Without it 2, or as many as ``heads`` where
+            a vocabulary is given.
+        sequence: Another word for ``context``, in tokens.
+        vocabulary: Tokens to choose from, 256 or more. Given, the model is the classical one of that shape: a block has
+            12 x width^2 parameters, and embedding and head share theirs. Text still is bytes, the first 256 tokens.
 
     Raises:
         ConfigError: the sizes do not go together.
     """
+    context = context if sequence is None else sequence
     folder = str(Path(data).absolute())  # workers may run in another folder
     source = str(Path(text).absolute()) if text else ""
     if context < 1:
@@ -101,11 +120,17 @@ def gpt(
             clip_norm=1.0,
             stop=Stop(epochs=epochs),
         ),
-        layout=LayoutConfig(zero_stage=1),
+        layout=LayoutConfig(zero_stage=1 if vocabulary is None else "auto"),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=epochs / 20),
     )
-    task = TextTask(folder, Shape(width, layers, heads, kv_heads))
+    if kv_heads is None:
+        kv_heads = 2 if vocabulary is None else heads
+    if vocabulary is None:
+        shape = Shape(width, layers, heads, kv_heads)
+    else:
+        shape = Shape(width, layers, heads, kv_heads, vocabulary, tied=True)
+    task = TextTask(folder, shape, context)
     return Job(config, task, prepare=functools.partial(write_text, folder, source, context=context))
 
 
@@ -128,11 +153,17 @@ class Shape:
     """Heads of queries."""
     kv_heads: int = 2
     """Heads of keys and values, each shared by ``heads / kv_heads`` heads of queries."""
+    vocabulary: int = VOCABULARY
+    """Tokens that the head chooses from; text is bytes, so at least 256."""
+    tied: bool = False
+    """Whether head and embedding are one matrix (Press & Wolf 2017, arXiv:1608.05859)."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ConfigError(f"{field.name}={getattr(self, field.name)}: give at least 1")
+        if self.vocabulary < VOCABULARY:
+            raise ConfigError(f"vocabulary={self.vocabulary}: every byte is a token; give at least {VOCABULARY}")
+        for name in ("width", "layers", "heads", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1")
         if self.width % (2 * self.heads):
             step = 2 * self.heads
             near = max(step, round(self.width / step) * step)
@@ -168,6 +199,12 @@ class TextTask:
     """Absolute path of the folder that ``write_text`` wrote."""
     shape: Shape = Shape()
     """Size of the model."""
+    context: int = 64
+    """Bytes that the model sees at once."""
+
+    def sample(self) -> Mapping[str, NDArray[np.uint8]]:
+        """Return one row as ``datasets`` holds it, so that a run can be planned before its text is there."""
+        return {"text": np.zeros((1, self.context + 1), dtype=np.uint8)}
 
     def datasets(self) -> Datasets:
         """Return the two Parquet files."""
@@ -180,8 +217,8 @@ class TextTask:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy in nats per byte, averaged over the micro batch."""
-        logits, following = _predicted(model, batch["text"])
-        return F.cross_entropy(logits.flatten(0, 1), following.flatten())
+        rows = batch["text"].long()
+        return cast("Tensor", model(rows[:, :-1], rows[:, 1:]))
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return cross-entropy in nats and in bits per byte, and the share of bytes guessed right, of each row."""
@@ -202,9 +239,9 @@ def _predicted(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, a last norm, and a linear head of its own.
+    """Embedding, blocks, a last norm, and a linear head, by default of its own.
 
-    The head is not tied to the embedding: with 256 tokens that saves a few percent of the parameters at most, and
+    With 256 tokens tying the head to the embedding saves a few percent of the parameters at most, and
     the two want different sizes, the embedding 1, since the blocks add to it, and the head small, so that a
     new model guesses. It also leaves every parameter with one owner, which ZeRO stage 3, pruning and export like.
     """
@@ -212,18 +249,60 @@ class GPT(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.head_width = shape.head_width
-        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = norm(shape.width)
-        self.head = linear(shape.width, VOCABULARY, 0.02)
+        self.head = linear(shape.width, shape.vocabulary, 0.02)
+        if shape.tied:
+            self.embedding.weight = self.head.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits [samples, length, 256] of the byte after each of ``tokens`` [samples, length]."""
+    def forward(self, tokens: Tensor, following: Tensor | None = None) -> Tensor:
+        """Return logits [samples, length, vocabulary] of what comes after each of ``tokens`` [samples, length].
+
+        With ``following`` [samples, length], what did come, return the mean cross-entropy in nats instead: inside the
+        model, because logits that leave it are cast to fp32, which with many tokens takes more memory than all else.
+        """
         x = self.embedding(tokens)
         turns = rotations(tokens.shape[1], self.head_width, tokens.device)
         for block in self.blocks:
             x = block(x, turns)
-        return cast("Tensor", self.head(self.norm(x)))
+        logits = cast("Tensor", self.head(self.norm(x)))
+        if following is None:
+            return logits
+        if logits.dtype == torch.float32:
+            return F.cross_entropy(logits.flatten(0, 1), following.flatten())
+        return cast("Tensor", CrossEntropy.apply(logits.flatten(0, 1), following.flatten()))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of 16-bit logits [rows, classes], computed in fp32 a sixteenth of the rows at a time.
+
+    ``F.cross_entropy(logits.float(), ...)`` holds logits, their logarithms and a gradient in fp32, 12 bytes each on top
+    of the 16-bit ones. Here only the logits and their gradient are ever whole, 4 bytes together.
+    """
+
+    PARTS = 16
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Return the mean over the rows, in fp32."""
+        logarithms = torch.cat([part.float().logsumexp(dim=1) for part in logits.chunk(CrossEntropy.PARTS)])
+        ctx.save_for_backward(logits, wanted, logarithms)
+        chosen = logits.gather(1, wanted[:, None]).squeeze(1)
+        return (logarithms - chosen.float()).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return softmax less the one wanted, over the number of rows, in the logits' type."""
+        logits, wanted, logarithms = ctx.saved_tensors
+        scale = gradients[0] / len(logits)
+        result = torch.empty_like(logits)
+        parts = [t.chunk(CrossEntropy.PARTS) for t in (logits, logarithms[:, None], wanted[:, None], result)]
+        for own, logarithm, chosen, out in zip(*parts, strict=True):
+            part = (own.float() - logarithm).exp_()
+            part.scatter_add_(1, chosen, torch.full_like(part[:, :1], -1.0))
+            out.copy_(part.mul_(scale))
+        return result, None
 
 
 class Block(nn.Module):
@@ -286,7 +365,24 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., width], like ``x``."""
-        return cast("Tensor", self.down(F.silu(self.gate(x)) * self.up(x)))
+        return cast("Tensor", self.down(Gated.apply(self.gate(x), self.up(x))))
+
+
+class Gated(torch.autograd.Function):
+    """``silu(gate) * up``, to the bit, without keeping ``silu(gate)`` for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Return a tensor like ``gate`` and ``up``."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of both."""
+        gate, up = ctx.saved_tensors
+        gradient = gradients[0]
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
 
 
 def rotations(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
@@ -306,8 +402,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     The product of a turned query and a turned key depends on their distance alone.
     """
     cosine, sine = turns.unbind()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # each product with an fp32 turn is one in fp32
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
 
 
 def norm(width: int) -> nn.RMSNorm:

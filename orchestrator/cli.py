@@ -102,17 +102,38 @@ def plan(
     arg: Args = None,
     override: Overrides = None,
     address: Address = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Plan for so many workers instead.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="On so many nodes.")] = None,
+    accelerator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Each with this accelerator, as in a100-40gb; or cpu.")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GBIT", help="Each node with so many Gbit/s to the others.")
+    ] = None,
+    why: Annotated[bool, typer.Option("--explain", help="Also every formula with its numbers.")] = False,
+    deepspeed_config: Annotated[
+        bool, typer.Option("--deepspeed-config", help="Print the JSON that DeepSpeed gets, and nothing else.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what `run` would do, without starting anything."""
+    """Show what `run` would do, without starting anything; also for a cluster that does not exist."""
     from orchestrator.launching import driver
-    from orchestrator.telemetry.planned import plan_lines
+    from orchestrator.telemetry.planned import explain_lines, plan_lines
 
-    made, folder = driver.plan_job(_request(job, arg, override, address))
-    if as_json:
+    imagined = driver.Imagined(workers, nodes, accelerator, network)
+    planned, made, folder = driver.plan_job(_request(job, arg, override, address), imagined)
+    if deepspeed_config:
+        from orchestrator.training.engine import deepspeed_config as rendered
+
+        print(json.dumps(rendered(planned.config, made), indent=2))
+    elif as_json:
         print(json.dumps(made.to_dict(), indent=2))
     else:
         print("\n".join([*plan_lines(made), f"  {'folder':<8} {folder}"]))
+        if made.costing is not None:
+            _print_costs(made)
+        if why:
+            print("\n".join(["", *explain_lines(made)]))
 
 
 @app.command()
@@ -397,6 +418,30 @@ def _finish(summary: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(summary))
     if summary["state"] == "stopped":
         raise typer.Exit(1)
+
+
+def _print_costs(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestrator.telemetry.planned import alternative_rows, memory_rows
+
+    assert plan.costing is not None
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 100)
+    memory = Table(box=None, pad_edge=False)
+    memory.add_column("memory")
+    memory.add_column("bytes", justify="right")
+    memory.add_column("for")
+    for row in memory_rows(plan.costing):
+        memory.add_row(*row)
+    stages = Table(box=None, pad_edge=False)
+    for heading in ("stage", "micro batch", "with", "memory", "step", "fits"):
+        stages.add_column(heading)
+    for other in alternative_rows(plan):
+        stages.add_row(*other)
+    for table in (memory, stages):
+        console.print()
+        console.print(table)
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:

@@ -32,6 +32,7 @@ from orchestrator.errors import ConfigError, did_you_mean
 __all__ = [
     "LAMB",
     "SGD",
+    "AcceleratorConfig",
     "Adam",
     "AdamW",
     "Adaptive",
@@ -47,6 +48,7 @@ __all__ = [
     "LayoutConfig",
     "Linear",
     "Penalties",
+    "PlanningConfig",
     "Policy",
     "Ramp",
     "Recipe",
@@ -411,6 +413,42 @@ class ScaleConfig(Part):
         return workers
 
 
+class AcceleratorConfig(Part):
+    """An accelerator that the table does not know, or knows differently; rates as its data sheet has them, dense."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """What ``--accelerator`` and Ray call it, in lower case."""
+    memory_gib: PositiveFloat
+    """Memory, in GiB."""
+    bf16_tflops: NonNegativeFloat = 0.0
+    """Peak of bf16 matrix products; 0: it has none."""
+    fp16_tflops: NonNegativeFloat = 0.0
+    """Peak of fp16 matrix products; 0: it has none."""
+    fp32_tflops: PositiveFloat
+    """Peak of fp32 matrix products."""
+    memory_gb_per_s: PositiveFloat
+    """Bandwidth of its memory."""
+    link_gb_per_s: PositiveFloat = 25.0
+    """To another one of the node, in one direction."""
+    network_gbit_per_s: PositiveFloat = 25.0
+    """Its share of the node's network."""
+    per_node: PositiveInt = 8
+    """How many a node holds."""
+    matmul_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """What large matrix products reach of the peak."""
+
+
+class PlanningConfig(Part):
+    """What the plan cannot know by itself."""
+
+    accelerator: AcceleratorConfig | None = None
+    """An accelerator of your own."""
+    price_per_hour: NonNegativeFloat | None = None
+    """Price of a worker's accelerator, or on CPUs of a worker, for an hour, in your currency; none: no cost is said."""
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a device's memory that the plan may count on; less where others use the device too."""
+
+
 class EvaluationConfig(Part):
     """When the held-out set is evaluated; always once at the end."""
 
@@ -489,6 +527,8 @@ class RunConfig(Part):
     """How one optimizer step is laid out."""
     scale: ScaleConfig = ScaleConfig()
     """How many workers."""
+    planning: PlanningConfig = PlanningConfig()
+    """What the plan is told: an accelerator of your own, prices."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """When the held-out set is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -630,9 +670,23 @@ def _read(text: str, annotation: Any) -> Any:
         return text
     if set(get_args(annotation)) == {str, NoneType}:
         return None if text.lower() in ("none", "null") else text
+    if text.lower() in _words(annotation):
+        return text.lower()
     if "," in text or get_origin(annotation) is tuple:
         return tuple(parse_value(part.strip()) for part in text.split(",") if part.strip())
     return parse_value(text)
+
+
+def _words(annotation: Any) -> set[str]:
+    """Return the words that a field's choices name; "none" is one of them where it says what is moved, not nothing."""
+    members = (annotation, *get_args(annotation))
+    return {
+        value
+        for member in members
+        if get_origin(member) is Literal
+        for value in get_args(member)
+        if isinstance(value, str)
+    }
 
 
 def _parts(annotation: Any) -> list[type[Part]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import random
 import time
@@ -25,6 +26,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.job import Dataset, Datasets, Task
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
+from orchestrator.planning.memory import BUCKET_ELEMENTS
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.policy import make_policy
@@ -380,6 +382,48 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
     sharded = [p for p in parameters.values() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         return {_plain(name): p.detach().float().clone() for name, p in parameters.items()}
+
+
+def state_bytes(config: RunConfig, task: Toy) -> tuple[int, int]:
+    """Parameters, and the most bytes this rank's tensors take in a second step but for DeepSpeed's buckets.
+
+    Looked at when the backward pass has ended, before and after gradients are reduced: activations are gone by then.
+    """
+    gc.collect()
+    # Held, so that no later tensor comes to lie where one of these was.
+    before = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)]
+    known = {storage.data_ptr() for storage in before}
+    engine = make_engine(config, task)
+    inner, peaks = engine._engine, [0]
+
+    def looked_at(function: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **kwargs: Any) -> Any:
+            peaks.append(_bytes_alive(known))
+            return function(*args, **kwargs)
+
+        return look
+
+    layout = Layout(dist.get_world_size(), 8, 2)
+    step_at(engine, config, task, 0, layout, 0.01)
+    gc.collect()
+    inner.allreduce_gradients, inner.step = looked_at(inner.allreduce_gradients), looked_at(inner.step)
+    step_at(engine, config, task, layout.global_batch, layout, 0.01)
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    return count, max(peaks)
+
+
+def _bytes_alive(known: set[int]) -> int:
+    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    buckets = {BUCKET_ELEMENTS * size for size in (2, 4)}
+    return sum(size for place, size in storages.items() if place not in known and size not in buckets)
+
+
+def wide() -> nn.Module:
+    """Two million parameters, against which batches, norms and scalars are nothing."""
+    inner = [nn.Sequential(nn.Linear(1024, 1024), nn.GELU()) for _ in range(2)]
+    return nn.Sequential(nn.Linear(FEATURES, 1024), *inner, nn.Linear(1024, CLASSES))
 
 
 def _plain(name: str) -> str:

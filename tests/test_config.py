@@ -246,14 +246,14 @@ def test_an_override_changes_what_it_names(overrides, expected):
             "sed=3",
             (
                 "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, evaluation, failures, layout, name, "
-                "policy, recipe, scale, seed, telemetry"
+                "planning, policy, recipe, scale, seed, telemetry"
             ),
         ),
         (
             "recip.batch=3",
             (
                 "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, evaluation, failures, "
-                "layout, policy, recipe, scale, telemetry"
+                "layout, planning, policy, recipe, scale, telemetry"
             ),
         ),
         (
@@ -452,3 +452,9 @@ def test_a_strangers_model_is_explained_too():
     with pytest.raises(ValidationError) as caught:
         Other(x="y")
     assert explain_validation(caught.value) == "Other: x='y': should be a whole number"
+
+
+def test_none_is_a_word_where_it_is_a_choice() -> None:
+    config = apply_overrides(BASE, ["layout.offload=none", "recipe.clip_norm=none"])
+    assert config.layout.offload == "none"
+    assert config.recipe.clip_norm is None

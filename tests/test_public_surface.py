@@ -49,7 +49,19 @@ def test_the_version_is_a_release_number() -> None:
 OPTIONS = {
     "doctor": ["--address", "--folder", "--json", "job"],
     "explain": ["--json", "run"],
-    "plan": ["--address", "--arg", "--json", "--set", "job"],
+    "plan": [
+        "--accelerator",
+        "--address",
+        "--arg",
+        "--deepspeed-config",
+        "--explain",
+        "--json",
+        "--network",
+        "--nodes",
+        "--set",
+        "--workers",
+        "job",
+    ],
     "replay": ["--json", "--policy", "--set", "run"],
     "run": [
         "--address",

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
+
 from orchestrator.errors import ClusterError
 from orchestrator.launching.limits import Limits, container_limits, usable_cpus
 from orchestrator.planning.cluster import ClusterShape
@@ -35,9 +37,16 @@ def address_of(address: str | None) -> str | None:
 
 def embedded_shape(limits: Limits | None = None) -> ClusterShape:
     """What an embedded cluster on this machine offers, without starting it; ``limits``: by default the container's."""
-    cpus = float(usable_cpus(limits or container_limits()))
+    limits = limits or container_limits()
     accelerators, name = _local_accelerators()
-    return ClusterShape(nodes=1, cpus=cpus, accelerators=accelerators, accelerator=name)
+    return ClusterShape(
+        nodes=1,
+        cpus=float(usable_cpus(limits)),
+        accelerators=accelerators,
+        accelerator=name,
+        memory_bytes=limits.memory_bytes or psutil.virtual_memory().total,
+        device_memory_bytes=_local_device_memory() if accelerators else 0,
+    )
 
 
 class RayCluster:
@@ -107,11 +116,13 @@ def _shape() -> ClusterShape:
 
     resources: Mapping[str, float] = ray.cluster_resources()
     names = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
     return ClusterShape(
-        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        nodes=nodes,
         cpus=resources.get("CPU", 0.0),
         accelerators=int(resources.get("GPU", 0)),
         accelerator=sorted(names)[0] if names else "",
+        memory_bytes=int(resources.get("memory", 0.0) / max(1, nodes)),
     )
 
 
@@ -121,6 +132,12 @@ def _local_accelerators() -> tuple[int, str]:
     if not torch.cuda.is_available():
         return 0, ""
     return torch.cuda.device_count(), torch.cuda.get_device_name(0).removeprefix("NVIDIA ").split(" ")[0].split("-")[0]
+
+
+def _local_device_memory() -> int:
+    import torch
+
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def _check_reachable(address: str) -> None:

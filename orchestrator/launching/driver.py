@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import tempfile
 import threading
@@ -27,9 +28,12 @@ from orchestrator.launching.preflight import (
     run_root,
     write_identity,
 )
+from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
 from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
+from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
@@ -38,7 +42,7 @@ from orchestrator.telemetry.report import load_run, render
 from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.engine import require_precision
 
-__all__ = ["Listener", "plan_job", "run"]
+__all__ = ["Imagined", "Listener", "plan_job", "run"]
 
 POLL_S = 0.25
 SAME_SIGNAL_S = 0.5
@@ -52,6 +56,15 @@ class Listener(Protocol):
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+class Imagined(NamedTuple):
+    """A cluster that does not exist, as the command line describes it; None: as the job or the table has it."""
+
+    workers: int | None = None
+    nodes: int | None = None
+    accelerator: str | None = None
+    network_gbit_per_s: float | None = None
 
 
 class _Followers(NamedTuple):
@@ -78,7 +91,8 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     sizes = prepare(job)
     address = address_of(request.address)
     if address is None:
-        _make_plan(job, embedded_shape(), sizes)  # refused before there is a folder or a cluster
+        shape = embedded_shape()
+        _make_plan(job, shape, sizes, profile_job(job, shape))  # refused before there is a folder or a cluster
     if request.fresh and (aside := move_aside(root)) is not None:
         listener.note(f"the earlier run was moved to {aside}")
     folder = RunFolder(root)
@@ -96,16 +110,43 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         lock.release()
 
 
-def plan_job(request: RunRequest) -> tuple[Plan, Path]:
-    """The plan that ``run`` would follow, and the run's folder, without starting anything."""
+def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, Path]:
+    """The job, the plan that ``run`` would follow, and the run's folder, without starting anything.
+
+    With ``imagined`` the plan is for a cluster that does not exist: data need not be there, and nothing is written.
+    """
     job = load(request.job, request.args, request.overrides)
     root = run_root(job.config)
+    if imagined is not None and any(value is not None for value in imagined):
+        return *_imagined_plan(job, imagined), root
     sizes = prepare(job)
     address = address_of(request.address)
     if address is None:
-        return _make_plan(job, embedded_shape(), sizes), root
-    with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
-        return _make_plan(job, cluster.shape, sizes), root
+        shape = embedded_shape()
+    else:
+        with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
+            shape = cluster.shape
+    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False), root
+
+
+def _imagined_plan(job: Job, imagined: Imagined) -> tuple[Job, Plan]:
+    scale = job.config.scale
+    most = scale.workers[1] if isinstance(scale.workers, tuple) else scale.workers
+    workers = imagined.workers or most
+    accelerator = accelerator_named(imagined.accelerator or "cpu", job.config.planning.accelerator)
+    scale = scale.model_copy(update={"workers": workers, "accelerators_per_worker": 0 if accelerator.is_cpu else 1})
+    job = dataclasses.replace(job, config=job.config.model_copy(update={"scale": scale}))
+    shape = ClusterShape.imagine(
+        scale,
+        accelerator,
+        workers=workers,
+        nodes=imagined.nodes,
+        network_gbit_per_s=imagined.network_gbit_per_s or 0.0,
+    )
+    if not callable(getattr(job.task, "sample", None)):
+        prepare(job)
+    sizes = data_sizes(job, sample_of(job))
+    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False)
 
 
 def _launch(
@@ -123,13 +164,14 @@ def _launch(
     for follower in followers:
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
-        plan = _make_plan(job, cluster.shape, sizes)
+        profile, untraced = profile_job(job, cluster.shape)
+        plan = _make_plan(job, cluster.shape, sizes, (profile, untraced))
         write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver)
+        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profile)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
         state = "failed"
@@ -144,9 +186,22 @@ def _launch(
     return _write_end(folder, job.config, outcome, started)
 
 
-def _make_plan(job: Job, shape: ClusterShape, sizes: tuple[int, int]) -> Plan:
-    plan = make_plan(job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1])
-    require_precision(plan)  # this machine speaks for the others; each worker asks again
+def _make_plan(
+    job: Job,
+    shape: ClusterShape,
+    sizes: tuple[int, int] | Sizes,
+    profiled: tuple[Profile | None, str],
+    *,
+    refuse: bool = True,
+) -> Plan:
+    profile, untraced = profiled
+    plan = make_plan(
+        job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1], profile=profile, refuse=refuse
+    )
+    if untraced:
+        plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"memory and time not known: {untraced}"))
+    if not shape.imagined:
+        require_precision(plan)  # this machine speaks for the others; each worker asks again
     return plan
 
 

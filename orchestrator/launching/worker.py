@@ -19,6 +19,7 @@ from orchestrator.launching.failures import describe, restart_cause, write_failu
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
@@ -40,6 +41,8 @@ class Order:
     shape: ClusterShape
     driver: str
     """Names the driver that gave the order: a worker whose driver has been replaced does not begin."""
+    profile: Profile | None = None
+    """The model as the driver traced it: from the same numbers every worker makes the same plan."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -123,7 +126,13 @@ class _Worker:
         evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
         config = _for_workers(self._order.job.config, self._world_size)
         evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
-        plan = make_plan(config, self._order.shape, train_samples=len(train_set), evaluation_samples=evaluation_samples)
+        plan = make_plan(
+            config,
+            self._order.shape,
+            train_samples=len(train_set),
+            evaluation_samples=evaluation_samples,
+            profile=self._order.profile,
+        )
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)

@@ -1,23 +1,59 @@
-"""What a cluster offers a run: workers' worth of CPUs and accelerators, as plain numbers."""
+"""What a cluster offers a run: workers' worth of CPUs, accelerators and memory, as plain numbers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.config import ScaleConfig
 from orchestrator.errors import ClusterError
+from orchestrator.planning.accelerators import Accelerator
 
 __all__ = ["ClusterShape"]
 
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """Totals of a cluster that exists. ``accelerator`` is Ray's type label, such as "A100", or empty."""
+    """Totals of a cluster. ``accelerator`` is Ray's type label, such as "A100", or empty."""
 
     nodes: int
     cpus: float
     accelerators: int = 0
     accelerator: str = ""
+    memory_bytes: int = 0
+    """Host memory that workers of a node may take together; 0 where it is not known."""
+    device_memory_bytes: int = 0
+    """Of one accelerator; 0: as the table has it."""
+    network_gbit_per_s: float = 0.0
+    """Of a node, to the others; 0: what is usual beside its accelerators."""
+    imagined: bool = False
+    """Whether it does not exist, so that its size follows what is asked."""
+
+    @classmethod
+    def imagine(
+        cls,
+        scale: ScaleConfig,
+        accelerator: Accelerator,
+        *,
+        workers: int,
+        nodes: int | None = None,
+        network_gbit_per_s: float = 0.0,
+    ) -> ClusterShape:
+        """A cluster that holds just these workers, on as few nodes as their accelerators are usually built into.
+
+        Raises:
+            ClusterError: more nodes than workers.
+        """
+        if nodes is not None and nodes > workers:
+            raise ClusterError(f"--nodes {nodes}: there are only {workers} workers; give at most {workers}")
+        return cls(
+            nodes=nodes or math.ceil(workers / accelerator.per_node),
+            cpus=workers * scale.cpus_per_worker,
+            accelerators=0 if accelerator.is_cpu else workers,
+            accelerator="" if accelerator.is_cpu else accelerator.name,
+            network_gbit_per_s=network_gbit_per_s,
+            imagined=True,
+        )
 
     def accelerators_per_worker(self, scale: ScaleConfig) -> int:
         """Resolve ``scale.accelerators_per_worker``: "auto" takes one where the cluster has any."""

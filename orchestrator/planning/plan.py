@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from orchestrator.config import Fixed, Ramp, RunConfig, Stop
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.planning.accelerators import Accelerator, accelerator_named, recognise
+from orchestrator.planning.choice import (
+    Choice,
+    Setting,
+    Space,
+    best_of_each_stage,
+    choose,
+    smallest_changes,
+    space_of,
+)
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costs import Profile
 from orchestrator.planning.layout import Layout, lay_out
+from orchestrator.planning.memory import MemoryUse
+from orchestrator.planning.roofline import StepParts
 
-__all__ = ["Plan", "Standing", "make_plan"]
+__all__ = ["Alternative", "Costing", "Plan", "Standing", "make_plan", "planned_precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # Compute capability below 8.0 (Ampere) has no bf16 units: NVIDIA's CUDA programming guide, table of arithmetic.
@@ -27,6 +40,51 @@ class Standing(Protocol):
     def train_time_s(self) -> float: ...
     @property
     def evaluation(self) -> dict[str, float] | None: ...
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The best of another ZeRO stage."""
+
+    zero_stage: int
+    offload: str
+    activation_checkpointing: bool
+    micro_batch: int
+    accumulation: int
+    memory_bytes: int
+    step_time_s: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Costing:
+    """What the plan expects of memory, time and money, before anything has been timed."""
+
+    fits: bool
+    memory: MemoryUse
+    device_memory_bytes: int
+    accelerator: str
+    step: StepParts
+    step_time_s: float
+    samples_per_s: float
+    mfu: float
+    """Model FLOPs, each counted once, as a share of the peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
+    parameters: int
+    flops_per_sample: float
+    alternatives: tuple[Alternative, ...]
+    changes: tuple[str, ...]
+    """Where it does not fit: single changes with which it would, the mildest first."""
+    confidence: str
+    run_time_s: float | None = None
+    """To the end of the run's length, where it has one."""
+    cost: float | None = None
+    """Of the run, where the config has a price and the run a length."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as it stands in the plan's own dictionary."""
+        data = asdict(self)
+        data.pop("memory")
+        return {"memory_bytes": self.memory.to_dict(), **data}
 
 
 @dataclass(frozen=True)
@@ -52,6 +110,13 @@ class Plan:
     evaluate_every: float
     stop: Stop
     reasons: tuple[str, ...]
+    costing: Costing | None = None
+    """None where the model could not be traced or the accelerator is not known."""
+
+    @property
+    def memory(self) -> MemoryUse | None:
+        """The breakdown of a worker's device memory."""
+        return None if self.costing is None else self.costing.memory
 
     def finished(self, standing: Standing) -> str | None:
         """Why the run is finished, or None while it is not."""
@@ -78,29 +143,42 @@ class Plan:
         data = asdict(self)
         data["stop"] = self.stop.model_dump(exclude_none=True)
         layout = data.pop("layout")
-        return {"name": data.pop("name"), "global_batch": self.layout.global_batch, **layout, **data}
+        data.pop("costing")
+        costing = {} if self.costing is None else self.costing.to_dict()
+        return {"name": data.pop("name"), "global_batch": self.layout.global_batch, **layout, **data, **costing}
 
 
-def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, evaluation_samples: int) -> Plan:
+def make_plan(
+    config: RunConfig,
+    shape: ClusterShape,
+    *,
+    train_samples: int,
+    evaluation_samples: int,
+    profile: Profile | None = None,
+    refuse: bool = True,
+) -> Plan:
     """Decide everything that is still on "auto", and check that the whole fits together.
 
+    With a ``profile`` of the model memory and time are costed, and what is on "auto" is chosen by them; without one by
+    rules. With ``refuse`` a run that does not fit its devices is an error; otherwise the plan says so.
+    ``train_samples`` of 0 on an imagined cluster says that the data are not there.
+
     Raises:
-        ConfigError: a value that cannot work here, with the remedy.
+        ConfigError: a value that cannot work here, or a run that does not fit, with the remedy.
         ClusterError: the cluster is too small.
         DataError: there is nothing to train on.
     """
     workers = shape.workers(config.scale)
     on_gpu = shape.accelerators_per_worker(config.scale) > 0
     reasons: list[str] = []
-    layout = _layout(config, workers, train_samples, reasons)
+    layout = _layout(config, workers, train_samples, reasons, imagined=shape.imagined)
+    stage = len(reasons)
     zero_stage = _zero_stage(config, workers, reasons)
     offload = _offload(config, on_gpu, zero_stage)
     precision = _precision(config, shape, on_gpu, reasons)
     checkpointing = config.layout.activation_checkpointing
-    _check_ramp(config, train_samples)
-    _check_combination(config, on_gpu, zero_stage, evaluation_samples)
-    _check_preconditioning(config, zero_stage, precision)
-    return Plan(
+    _check_ramp(config, train_samples, imagined=shape.imagined)
+    plan = Plan(
         name=config.name,
         layout=layout,
         reference_batch=config.recipe.batch,
@@ -117,28 +195,195 @@ def make_plan(config: RunConfig, shape: ClusterShape, *, train_samples: int, eva
         stop=config.recipe.stop,
         reasons=tuple(reasons),
     )
+    setting = None if profile is None else _setting(config, shape, plan, profile)
+    if setting is not None:
+        plan = _costed(plan, setting, stage, refuse=refuse)
+    _check_combination(config, on_gpu, plan.zero_stage, evaluation_samples, imagined=shape.imagined)
+    _check_preconditioning(config, plan.zero_stage, plan.precision)
+    return plan
 
 
-def _layout(config: RunConfig, workers: int, train_samples: int, reasons: list[str]) -> Layout:
+def planned_precision(config: RunConfig, shape: ClusterShape) -> Precision:
+    """The precision that ``make_plan`` will decide on: what the model is to be traced in."""
+    return _precision(config, shape, shape.accelerators_per_worker(config.scale) > 0, [])
+
+
+def _setting(config: RunConfig, shape: ClusterShape, plan: Plan, profile: Profile) -> Setting | None:
+    """Where the run is to go; None where too little is known of it."""
+    share = config.planning.memory_share
+    workers_per_node = math.ceil(plan.layout.workers / plan.nodes)
+    host = shape.memory_bytes // workers_per_node if shape.memory_bytes else None
+    if plan.device == "cpu":
+        accelerator: Accelerator | None = accelerator_named("cpu", config.planning.accelerator)
+    else:
+        accelerator = recognise(shape.accelerator, config.planning.accelerator)
+    if accelerator is None or not accelerator.flops(plan.precision):
+        return None
+    if shape.network_gbit_per_s:
+        network = shape.network_gbit_per_s / 8 * 1e9 / workers_per_node
+        accelerator = replace(accelerator, network_bytes_per_s=network)
+    own = host if accelerator.is_cpu else shape.device_memory_bytes
+    capacity = own or accelerator.memory_bytes
+    return Setting(
+        profile=profile,
+        config=config,
+        accelerator=accelerator,
+        workers=plan.layout.workers,
+        nodes=plan.nodes,
+        capacity_bytes=int(share * capacity),
+        host_bytes=host,
+    )
+
+
+def _costed(plan: Plan, setting: Setting, stage_at: int, *, refuse: bool) -> Plan:
+    """The plan with what the costs decide, and the costs themselves; ``stage_at``: where its reasons name the stage."""
+    config, profile = setting.config, setting.profile
+    if config.layout.activation_checkpointing is True and profile.checkpointed is None:
+        raise ConfigError(profile.not_checkpointed)
+    share = plan.layout.worker_batch
+    space = space_of(config, profile, share, setting.workers, on_accelerator=setting.device == "cuda")
+    best = choose(setting, space)
+    changes = () if best.fits else tuple(smallest_changes(setting, space, share))
+    if refuse and not best.fits:
+        raise ConfigError(_does_not_fit(best, setting, changes))
+    layout = Layout(setting.workers, best.micro_batch, best.accumulation)
+    reasons = list(plan.reasons)
+    if config.layout.zero_stage == "auto":
+        reasons[stage_at] = _why_stage(best, plan, setting)
+    reasons += _why_memory(best, plan, setting, space)
+    return replace(
+        plan,
+        layout=layout,
+        zero_stage=best.zero_stage,
+        offload=best.offload,
+        activation_checkpointing=best.activation_checkpointing,
+        reasons=tuple(reasons),
+        costing=_costing(best, plan, setting, space, changes),
+    )
+
+
+def _costing(best: Choice, plan: Plan, setting: Setting, space: Space, changes: tuple[str, ...]) -> Costing:
+    batch, seconds = plan.layout.global_batch, best.step_time_s
+    peak = setting.accelerator.flops(plan.precision) * setting.workers
+    run_time_s = None if not plan.length else plan.length / batch * seconds
+    price = setting.config.planning.price_per_hour
+    return Costing(
+        fits=best.fits,
+        memory=best.memory,
+        device_memory_bytes=setting.capacity_bytes,
+        accelerator=setting.accelerator.name,
+        step=best.step,
+        step_time_s=seconds,
+        samples_per_s=batch / seconds,
+        mfu=setting.profile.flops_per_sample * batch / seconds / peak,
+        parameters=setting.profile.parameters,
+        flops_per_sample=setting.profile.flops_per_sample,
+        alternatives=tuple(_alternative(choice) for choice in best_of_each_stage(setting, space)),
+        changes=changes,
+        confidence=_confidence(setting),
+        run_time_s=run_time_s,
+        cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
+    )
+
+
+def _alternative(choice: Choice) -> Alternative:
+    return Alternative(
+        zero_stage=choice.zero_stage,
+        offload=choice.offload,
+        activation_checkpointing=choice.activation_checkpointing,
+        micro_batch=choice.micro_batch,
+        accumulation=choice.accumulation,
+        memory_bytes=choice.memory.total,
+        step_time_s=choice.step_time_s,
+        fits=choice.fits,
+    )
+
+
+def _confidence(setting: Setting) -> str:
+    if setting.accelerator.is_cpu:
+        return "low: a guess at one core of a server, nothing has been timed"
+    if setting.profile.untraced:
+        return f"fair: a roofline from one step on the CPU, not traced ({setting.profile.untraced})"
+    return "fair: a roofline, nothing has been timed"
+
+
+def _why_stage(best: Choice, plan: Plan, setting: Setting) -> str:
+    if best.zero_stage == plan.zero_stage:
+        return next(reason for reason in plan.reasons if reason.startswith("ZeRO stage"))
+    return (
+        f"ZeRO stage {best.zero_stage}: "
+        f"{'the fastest that fits' if best.fits else 'needs the least memory'} {_gib(setting.capacity_bytes)} a device"
+    )
+
+
+def _why_memory(best: Choice, plan: Plan, setting: Setting, space: Space) -> list[str]:
+    reasons = [f"memory {_gib(best.memory.total)} of {_gib(setting.capacity_bytes)} on each {setting.accelerator.name}"]
+    if best.accumulation > 1 and len(space.layouts) > 1:
+        reasons.append(
+            f"micro batch {best.micro_batch} x {best.accumulation}: "
+            f"{plan.layout.worker_batch} samples at once do not fit, or are no faster"
+        )
+    if best.activation_checkpointing and len(space.checkpointings) > 1:
+        reasons.append("activation checkpointing: without it no faster layout fits")
+    if best.offload != "none" and len(space.offloads) > 1:
+        reasons.append(f"offload {best.offload}: nothing fits without it")
+    return reasons
+
+
+def _does_not_fit(best: Choice, setting: Setting, changes: tuple[str, ...]) -> str:
+    parts = {name: value for name, value in vars(best.memory).items() if name != "host"}
+    largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
+    remedy = "it would fit with " + ", or ".join(changes) if changes else "no change of layout or workers would fit it"
+    return (
+        f"the run does not fit: {best} needs {_gib(best.memory.total)} on each of {setting.workers} "
+        f"{setting.accelerator.name}, which hold {_gib(setting.capacity_bytes)} "
+        f"({', '.join(f'{name} {_gib(parts[name])}' for name in largest)}): {remedy}"
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _layout(
+    config: RunConfig, workers: int, train_samples: int, reasons: list[str], *, imagined: bool = False
+) -> Layout:
     wanted = config.layout.global_batch
     batch = config.recipe.batch if wanted == "auto" else wanted
-    if train_samples == 0:
+    if imagined and wanted == "auto":
+        batch = _rounded(config, batch, workers, reasons)
+    if train_samples == 0 and not imagined:
         raise DataError("the training set is empty: there is nothing to train on")
-    if batch > train_samples:
+    if batch > train_samples and not imagined:
         raise ConfigError(
             f"{'recipe.batch' if wanted == 'auto' else 'layout.global_batch'}={batch} is larger than the training set "
             f"of {train_samples} samples: use at most {train_samples}"
         )
     _check_range(config, batch)
     layout = lay_out(batch, workers, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
-    source = "the reference batch" if wanted == "auto" else "as set"
-    reasons.append(f"global batch {batch}: {source}")
+    if not reasons:
+        source = "the reference batch" if wanted == "auto" else "as set"
+        reasons.append(f"global batch {batch}: {source}")
     if batch != config.recipe.batch:
         reasons.append(
             f"learning rate tuned at batch {config.recipe.batch}: carried over by rule {config.policy.rule!r}"
         )
     reasons.append(_batch_policy(config))
     return layout
+
+
+def _rounded(config: RunConfig, batch: int, workers: int, reasons: list[str]) -> int:
+    """On a cluster that does not exist the reference batch is rounded up to what its workers can share."""
+    fixed = [n for n in (config.layout.micro_batch, config.layout.accumulation) if n != "auto"]
+    unit = workers * math.prod(fixed)
+    whole = unit if len(fixed) == 2 else math.ceil(batch / unit) * unit
+    if whole != batch:
+        shared = " x ".join([f"{workers} workers", *map(str, fixed)])
+        reasons.append(
+            f"global batch {whole}: the reference batch of {batch} is no multiple of {shared}; "
+            f"a run needs layout.global_batch={whole}"
+        )
+    return whole
 
 
 def _batch_policy(config: RunConfig) -> str:
@@ -175,6 +420,9 @@ def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[
     stage = config.layout.zero_stage
     if stage != "auto":
         return stage
+    if (offload := config.layout.offload) in ("all", "optimizer") and config.recipe.optimizer.name != "lamb":
+        reasons.append(f"ZeRO stage {3 if offload == 'all' else 1}: the lowest that offload {offload} works in")
+        return 3 if offload == "all" else 1
     if config.recipe.optimizer.name == "lamb" or workers == 1:
         alone = workers == 1
         reasons.append(f"ZeRO stage 0: {'one worker has nothing to share' if alone else 'LAMB needs whole layers'}")
@@ -200,7 +448,7 @@ def _offload(config: RunConfig, on_gpu: bool, zero_stage: int) -> Literal["none"
 
 def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: list[str]) -> Precision:
     wanted = config.layout.precision
-    old = shape.accelerator.startswith(WITHOUT_BF16)
+    old = shape.accelerator.upper().startswith(WITHOUT_BF16)
     if wanted == "bf16" and on_gpu and old:
         raise ConfigError(f"layout.precision='bf16': {shape.accelerator} has no bf16 units: use fp16, fp32 or auto")
     if wanted != "auto":
@@ -212,7 +460,7 @@ def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: li
     return "fp16" if old else "bf16"
 
 
-def _check_ramp(config: RunConfig, train_samples: int) -> None:
+def _check_ramp(config: RunConfig, train_samples: int, *, imagined: bool = False) -> None:
     """A ramp that could never be followed is refused: it would be a fixed batch that nobody asked for."""
     if not isinstance(config.policy, Ramp):
         return
@@ -221,7 +469,7 @@ def _check_ramp(config: RunConfig, train_samples: int) -> None:
             "policy.name='ramp' is laid over the run's length, and recipe.stop gives none: set one of "
             "recipe.stop.steps, recipe.stop.epochs, recipe.stop.samples, or another policy"
         )
-    if (largest := max(config.policy.batches)) > train_samples:
+    if (largest := max(config.policy.batches)) > train_samples and not imagined:
         raise ConfigError(
             f"policy.batches holds {largest}, more than the training set of {train_samples} samples: use at most that"
         )
@@ -232,7 +480,9 @@ def _check_ramp(config: RunConfig, train_samples: int) -> None:
         )
 
 
-def _check_combination(config: RunConfig, on_gpu: bool, zero_stage: int, evaluation_samples: int) -> None:
+def _check_combination(
+    config: RunConfig, on_gpu: bool, zero_stage: int, evaluation_samples: int, *, imagined: bool = False
+) -> None:
     if config.recipe.optimizer.name == "lamb" and (zero_stage != 0 or not on_gpu):
         raise ConfigError(
             "recipe.optimizer.name='lamb' runs on DeepSpeed's fused GPU kernel, whose trust ratio needs whole layers: "
@@ -240,7 +490,7 @@ def _check_combination(config: RunConfig, on_gpu: bool, zero_stage: int, evaluat
         )
     if config.layout.sync_batch_norm and not on_gpu:
         raise ConfigError("layout.sync_batch_norm=true needs accelerators (torch's SyncBatchNorm): set it to false")
-    if config.recipe.stop.metric is not None and not evaluation_samples:
+    if config.recipe.stop.metric is not None and not evaluation_samples and not imagined:
         raise ConfigError(
             f"recipe.stop.metric={config.recipe.stop.metric!r} is measured on the evaluation set, and the job has none"
         )
@@ -267,5 +517,5 @@ def _length(config: RunConfig, train_samples: int) -> float | None:
     if stop.steps is not None:
         return float(stop.steps * config.recipe.batch)
     if stop.epochs is not None:
-        return stop.epochs * train_samples
+        return stop.epochs * train_samples or None  # data that are not there have no length
     return None if stop.samples is None else float(stop.samples)

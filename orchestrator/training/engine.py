@@ -19,6 +19,7 @@ from torch import nn
 from orchestrator.config import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.job import Task
+from orchestrator.planning.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.noise_scale import NoiseSample
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "deepspeed_config", "require_precision"]
 
 TAG = "state"
-# Elements per communication bucket. DeepSpeed's default of 5e8 would reserve gigabytes on each device.
-BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_config(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -84,6 +83,8 @@ def _zero_section(plan: Plan) -> dict[str, Any]:
         }
     if plan.zero_stage == 3:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        section["stage3_max_live_parameters"] = LIVE_ELEMENTS
+        section["stage3_max_reuse_distance"] = LIVE_ELEMENTS
     if plan.offload != "none":
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if plan.offload == "all":

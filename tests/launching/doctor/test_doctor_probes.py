@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.launching.cluster import embedded_shape
 from orchestrator.launching.doctor.child import last_line
 from orchestrator.launching.doctor.cluster import member
 from orchestrator.launching.doctor.finding import Finding
@@ -27,7 +29,6 @@ from orchestrator.launching.doctor.probes import (
     ask_frameworks,
 )
 from orchestrator.launching.doctor.software import installed_version
-from orchestrator.planning.cluster import ClusterShape
 
 GIB = 2**30
 
@@ -56,7 +57,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(failure: str = "", version: str = "") -> Frameworks:
-    shape = ClusterShape(nodes=1, cpus=float(len(os.sched_getaffinity(0))))
+    shape = embedded_shape()
     return Frameworks(torch="9.9", embedded=shape, deepspeed=version, failure=failure)
 
 
@@ -108,7 +109,9 @@ def test_every_device_is_computed_on(modules: Path) -> None:
             Device("NVIDIA H100 0", memory_bytes=80 * GIB, free_bytes=70 * GIB, bf16=True),
             Device("NVIDIA H100 1", memory_bytes=80 * GIB, free_bytes=70 * GIB, bf16=False, error=error),
         ),
-        embedded=ClusterShape(1, float(len(os.sched_getaffinity(0))), 2, "H100"),
+        embedded=dataclasses.replace(
+            embedded_shape(), accelerators=2, accelerator="H100", device_memory_bytes=80 * GIB
+        ),
         deepspeed="not told",
     )
 

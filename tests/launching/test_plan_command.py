@@ -1,0 +1,96 @@
+"""`orchestrator plan` as it is typed: clusters that do not exist, stable JSON keys, DeepSpeed's own JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = {
+    *("fits", "zero_stage", "offload", "activation_checkpointing", "precision", "micro_batch", "accumulation"),
+    *("global_batch", "memory_bytes", "device_memory_bytes", "step_time_s", "samples_per_s", "mfu", "reasons"),
+    "alternatives",
+}
+SMALL = ("--arg", "layers=2", "--arg", "width=64", "--arg", "heads=4", "--arg", "sequence=32", "--arg")
+GPT = ("plan", "jobs.language:gpt", *SMALL, "vocabulary=512")
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Say:
+    """Give a command that succeeds, in a folder of its own, and return what it prints."""
+    from orchestrator import cli
+
+    def said(*words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code in (0, None), err
+        return out
+
+    return said
+
+
+def as_json(say: Say, *words: str) -> dict[str, Any]:
+    return json.loads(say(*GPT, *words, "--json"))
+
+
+def test_a_cluster_that_does_not_exist(say: Say, tmp_path: Path) -> None:
+    """Nothing is written: not even the data, since the task says what a sample looks like."""
+    made = as_json(say, "--workers", "16", "--accelerator", "H100", "--set", "layout.micro_batch=4")
+    assert made.keys() >= KEYS
+    assert made["fits"]
+    assert (made["global_batch"], made["micro_batch"], made["nodes"]) == (64, 4, 2)
+    assert made["memory_bytes"]["total"] == sum(
+        size for name, size in made["memory_bytes"]["breakdown"].items() if name != "host"
+    )
+    assert {other["zero_stage"] for other in made["alternatives"]} == {0, 1, 2, 3}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pins_are_kept_and_what_cannot_fit_is_said(say: Say) -> None:
+    pins = ("--set", "layout.zero_stage=3", "--set", "layout.activation_checkpointing=true", "--set")
+    made = as_json(say, "--workers", "4", "--accelerator", "t4", *pins, "layout.offload=none")
+    assert (made["zero_stage"], made["activation_checkpointing"], made["offload"]) == (3, True, "none")
+    assert made["precision"] == "fp16"
+    small = as_json(say, "--workers", "4", "--accelerator", "t4", "--set", "planning.memory_share=0.1")
+    assert not small["fits"]
+
+
+def test_a_slower_network_makes_a_slower_step(say: Say) -> None:
+    wide = ("--workers", "8", "--nodes", "8", "--accelerator", "l4", "--network")
+    assert as_json(say, *wide, "1")["step_time_s"] > as_json(say, *wide, "1000")["step_time_s"]
+
+
+def test_the_text_holds_the_breakdown_and_the_stages(say: Say) -> None:
+    said = say(*GPT, "--workers", "8", "--accelerator", "a100-40gb", "--explain")
+    for words in ("plan for gpt", "memory", "gradients at the end of the backward pass", "chosen", "MFU "):
+        assert words in said
+
+
+def test_deepspeeds_own_json(say: Say) -> None:
+    rendered = json.loads(say(*GPT, "--workers", "8", "--accelerator", "a100-40gb", "--deepspeed-config"))
+    assert rendered["train_batch_size"] == 8
+    assert rendered["bf16"] == {"enabled": True}
+
+
+def test_the_machine_at_hand(say: Say) -> None:
+    """No accelerator: the data are written and opened, and host memory is what a worker has."""
+    made = json.loads(say("plan", "jobs.vision:mlp", "--set", "scale.workers=1", "--json"))
+    assert made["fits"]
+    assert (made["device"], made["micro_batch"], made["accumulation"], made["zero_stage"]) == ("cpu", 64, 1, 0)
+    assert made["train_samples"] == 1437
+
+
+def test_an_unknown_accelerator(refuse: Say) -> None:
+    assert "valid: a100-40gb" in refuse(*GPT, "--workers", "8", "--accelerator", "k9000")
+
+
+def test_more_nodes_than_workers(refuse: Say) -> None:
+    assert "there are only 2 workers" in refuse(*GPT, "--workers", "2", "--nodes", "3", "--accelerator", "t4")

@@ -1,0 +1,189 @@
+"""The choice among all combinations: what it prefers, what a pin keeps, what is said where nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gloo_jobs as jobs
+from orchestrator.config import AdamW
+from orchestrator.errors import ConfigError
+from orchestrator.planning.accelerators import accelerator_named
+from orchestrator.planning.choice import (
+    Choice,
+    Setting,
+    best_of_each_stage,
+    choose,
+    smallest_changes,
+    space_of,
+)
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costs import Kernel, Linear, Pass, Profile
+from orchestrator.planning.plan import make_plan
+
+GIB = 2**30
+PLAIN = Pass(
+    kernels=(Kernel("matmul", 100, Linear(0, 1e11), Linear(1e7, 1e7), Linear(4096, 0)),),
+    forward_flops=Linear(0, 1e13 / 3),
+    backward_flops=Linear(0, 2e13 / 3),
+    kept_bytes=Linear(0, 4 * GIB),
+    peak_bytes=Linear(GIB, 4.5 * GIB),
+)
+AGAIN = replace(
+    PLAIN,
+    kernels=(replace(PLAIN.kernels[0], count=133),),
+    kept_bytes=Linear(0, 0.2 * GIB),
+    peak_bytes=Linear(GIB, 0.5 * GIB),
+)
+PROFILE = Profile(1_000_000_000, 0, 50_000_000, 100_000, 200, 0, 4096, "bf16", PLAIN, AGAIN)
+ADAM = {"optimizer": AdamW(learning_rate=1e-3), "batch": 64}
+
+
+def setting(
+    layout: dict[str, Any] | None = None,
+    *,
+    accelerator: str = "a100-40gb",
+    workers: int = 8,
+    parameters: int = 1_000_000_000,
+    **fields: Any,
+) -> Setting:
+    auto = {"zero_stage": "auto", "precision": "bf16", **(layout or {})}
+    device = accelerator_named(accelerator)
+    return replace(
+        Setting(
+            profile=replace(PROFILE, parameters=parameters),
+            config=jobs.toy_config(workers, recipe=ADAM, layout=auto),
+            accelerator=device,
+            workers=workers,
+            nodes=1,
+            capacity_bytes=device.memory_bytes,
+            host_bytes=None,
+        ),
+        **fields,
+    )
+
+
+def chosen(made: Setting, share: int = 8) -> Choice:
+    space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
+    return choose(made, space)
+
+
+def test_what_fits_whole_is_taken_whole() -> None:
+    best = chosen(setting(), 4)
+    assert (best.zero_stage, best.offload, best.activation_checkpointing) == (1, "none", False)
+    assert (best.micro_batch, best.accumulation) == (4, 1)
+    assert best.fits
+
+
+def test_a_larger_micro_batch_before_accumulation_and_accumulation_before_recomputation() -> None:
+    """32 samples of 4.5 GiB do not fit at once; recomputing would cost a third more than going twice or more."""
+    best = chosen(setting(), 32)
+    assert best.accumulation > 1
+    assert not best.activation_checkpointing
+    fuller = 2 * best.micro_batch
+    pinned = setting({"micro_batch": fuller, "zero_stage": best.zero_stage, "activation_checkpointing": False})
+    assert not chosen(pinned, 32).fits
+
+
+def test_offload_comes_last() -> None:
+    """Two workers that cannot even share 8 billion parameters of state move it out, and no more than they must."""
+    best = chosen(setting(workers=2, parameters=8_000_000_000), 1)
+    assert best.fits
+    assert best.offload == "optimizer"
+    assert best.activation_checkpointing or best.zero_stage > 1
+    assert chosen(setting(workers=16, parameters=8_000_000_000), 1).offload == "none"
+    assert not chosen(setting(workers=2, parameters=8_000_000_000, host_bytes=GIB), 1).fits
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [{"zero_stage": 3}, {"offload": "optimizer"}, {"activation_checkpointing": True}, {"micro_batch": 2}],
+    ids=str,
+)
+def test_a_pin_is_kept(pin: dict[str, Any]) -> None:
+    best = chosen(setting(pin))
+    assert {name: getattr(best, name) for name in pin} == pin
+
+
+@given(st.integers(1, 64), st.integers(1, 48), st.sampled_from(["a100-40gb", "h100-80gb", "t4", "cpu"]))
+def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, gigabytes: int, name: str) -> None:
+    made = setting(accelerator=name, capacity_bytes=gigabytes * GIB)
+    space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
+    best = choose(made, space)
+    assert best.micro_batch * best.accumulation == share
+    assert best.fits == (best.memory.total <= made.capacity_bytes + 16)
+    others = [c for c in best_of_each_stage(made, space) if c.fits and c.zero_stage > 0]
+    if others:
+        assert best.fits
+    if made.device == "cuda" and best.fits:
+        rivals = [c.step_time_s for c in others if c.offload == best.offload]
+        assert all(best.step_time_s <= 1.0201 * seconds for seconds in rivals)
+
+
+def test_on_cpus_only_memory_changes_the_share() -> None:
+    """The micro batch is a worker's share unless that does not fit; the stage is 1, or 0 alone."""
+    wide, narrow = setting(accelerator="cpu", capacity_bytes=999 * GIB), setting(accelerator="cpu")
+    assert str(chosen(wide)) == "stage 1, micro batch 8 x 1"
+    tight = replace(narrow, capacity_bytes=32 * GIB)
+    assert chosen(tight).fits
+    assert chosen(tight).accumulation > 1 or chosen(tight).activation_checkpointing
+    assert chosen(replace(wide, workers=1)).zero_stage == 0
+
+
+# -- what does not fit -------------------------------------------------------------------------
+
+
+def test_the_smallest_changes_are_changes_with_which_it_fits() -> None:
+    layout = {"zero_stage": 0, "activation_checkpointing": False, "micro_batch": 8}
+    made = setting(layout, parameters=2_000_000_000)
+    space = space_of(made.config, made.profile, 8, 8, on_accelerator=True)
+    assert not choose(made, space).fits
+    changes = smallest_changes(made, space, 8)
+    assert changes
+    for change in changes:
+        field, equals, value = change.removeprefix("layout.").partition("=")
+        if equals and field in layout:
+            parsed = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+            assert chosen(setting({**layout, field: parsed}, parameters=2_000_000_000)).fits, change
+
+
+def test_more_workers_are_named_where_they_help() -> None:
+    made = setting({"offload": "none"}, workers=2, parameters=20_000_000_000)
+    space = space_of(made.config, made.profile, 1, 2, on_accelerator=True)
+    assert smallest_changes(made, space, 1)[-1] == "16 workers"
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_remedy() -> None:
+    config = jobs.toy_config(8, recipe=ADAM, layout={"zero_stage": 0, "precision": "bf16"})
+    shape = ClusterShape(1, 64, 8, "A100")
+    profile = replace(PROFILE, parameters=7_000_000_000)
+    with pytest.raises(ConfigError, match=r"does not fit: stage 0.* needs 1\d\d\.\d GiB on each of 8 a100-40gb, which"):
+        make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=profile)
+    plan = make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=profile, refuse=False)
+    assert plan.costing is not None
+    assert not plan.costing.fits
+    assert plan.zero_stage == 0
+    assert plan.costing.changes[0] == "layout.zero_stage=2"
+
+
+def test_checkpointing_without_blocks_is_refused() -> None:
+    config = jobs.toy_config(8, recipe=ADAM, layout={"activation_checkpointing": True})
+    profile = replace(PROFILE, checkpointed=None, not_checkpointed="it has no repeated blocks")
+    with pytest.raises(ConfigError, match="it has no repeated blocks"):
+        make_plan(config, ClusterShape(1, 64, 8, "A100"), train_samples=99, evaluation_samples=0, profile=profile)
+
+
+def test_the_same_numbers_make_the_same_plan() -> None:
+    """Workers make it again from the driver's profile."""
+    config = jobs.toy_config(8, recipe=ADAM, layout={"zero_stage": "auto", "precision": "auto"})
+    shape = ClusterShape(1, 64, 8, "A100", memory_bytes=64 * GIB)
+    first, second = (
+        make_plan(config, shape, train_samples=99, evaluation_samples=0, profile=PROFILE) for _ in range(2)
+    )
+    assert first == second
+    assert first.memory is not None
+    assert first.to_dict()["memory_bytes"] == first.memory.to_dict()
