@@ -334,7 +334,7 @@ def test_a_pickle_that_would_run_code(two: GlooGroup, checkpoint: Path, protocol
         ("CheckpointError", f"{message}; no other is left: start anew with --fresh")
     }
     assert not marker.exists()
-    torch.load(checkpoint / name, weights_only=False)
+    torch.load(checkpoint.with_name(f"set-aside-{checkpoint.name}") / name, weights_only=False)
     assert marker.exists(), "the file would have been dangerous"
 
 
