@@ -387,7 +387,8 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 def state_bytes(config: RunConfig, task: Toy) -> tuple[int, int]:
     """Parameters, and the most bytes this rank's tensors take in a second step but for DeepSpeed's buckets.
 
-    Looked at when the backward pass has ended, before and after gradients are reduced: activations are gone by then.
+    Looked at when the backward pass has ended and, in stages 2 and 3, gradients are reduced: before that those of the
+    last bucket are still whole, as bucket. Activations are gone by then.
     """
     gc.collect()
     # Held, so that no later tensor comes to lie where one of these was.
@@ -406,13 +407,16 @@ def state_bytes(config: RunConfig, task: Toy) -> tuple[int, int]:
     layout = Layout(dist.get_world_size(), 8, 2)
     step_at(engine, config, task, 0, layout, 0.01)
     gc.collect()
-    inner.allreduce_gradients, inner.step = looked_at(inner.allreduce_gradients), looked_at(inner.step)
+    if config.layout.zero_stage in (0, 1):
+        inner.allreduce_gradients = looked_at(inner.allreduce_gradients)
+    inner.step = looked_at(inner.step)
     step_at(engine, config, task, layout.global_batch, layout, 0.01)
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     return count, max(peaks)
 
 
 def _bytes_alive(known: set[int]) -> int:
+    gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -141,7 +141,17 @@ def choose(setting: Setting, space: Space) -> Choice:
     if setting.device == "cuda":
         fastest = min(choice.step_time_s for choice in near)
         near = [choice for choice in near if choice.step_time_s <= (1 + TIE) * fastest]
-    return min(near, key=_preference)
+    best = min(near, key=_preference)
+    return _in_stage_1(best, fitting) or best
+
+
+def _in_stage_1(best: Choice, fitting: list[Choice]) -> Choice | None:
+    """The same in stage 1, where the best is in stage 2 with accumulation and the other fits."""
+    if best.zero_stage != 2 or best.accumulation == 1:
+        return None
+    same = (best.offload, best.activation_checkpointing, best.micro_batch)
+    ones = [c for c in fitting if c.zero_stage == 1]
+    return next((c for c in ones if (c.offload, c.activation_checkpointing, c.micro_batch) == same), None)
 
 
 def best_of_each_stage(setting: Setting, space: Space) -> tuple[Choice, ...]:

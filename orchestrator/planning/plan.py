@@ -312,7 +312,7 @@ def _why_stage(best: Choice, plan: Plan, setting: Setting) -> str:
         return next(reason for reason in plan.reasons if reason.startswith("ZeRO stage"))
     return (
         f"ZeRO stage {best.zero_stage}: "
-        f"{'the fastest that fits' if best.fits else 'needs the least memory'} {_gib(setting.capacity_bytes)} a device"
+        f"{'the best of what fits' if best.fits else 'what needs least of'} {_gib(setting.capacity_bytes)} on a device"
     )
 
 

@@ -73,8 +73,9 @@ def chosen(made: Setting, share: int = 8) -> Choice:
 
 
 def test_what_fits_whole_is_taken_whole() -> None:
+    """In stage 2, which hides its communication; stage 1 does not, and with one micro batch sends no less."""
     best = chosen(setting(), 4)
-    assert (best.zero_stage, best.offload, best.activation_checkpointing) == (1, "none", False)
+    assert (best.zero_stage, best.offload, best.activation_checkpointing) == (2, "none", False)
     assert (best.micro_batch, best.accumulation) == (4, 1)
     assert best.fits
 
@@ -87,6 +88,11 @@ def test_a_larger_micro_batch_before_accumulation_and_accumulation_before_recomp
     fuller = 2 * best.micro_batch
     pinned = setting({"micro_batch": fuller, "zero_stage": best.zero_stage, "activation_checkpointing": False})
     assert not chosen(pinned, 32).fits
+
+
+def test_with_accumulation_stage_1_goes_before_stage_2() -> None:
+    best = chosen(setting({"micro_batch": 2}), 16)
+    assert (best.zero_stage, best.accumulation) == (1, 8)
 
 
 def test_offload_comes_last() -> None:
@@ -109,7 +115,7 @@ def test_a_pin_is_kept(pin: dict[str, Any]) -> None:
     assert {name: getattr(best, name) for name in pin} == pin
 
 
-@given(st.integers(1, 64), st.integers(1, 48), st.sampled_from(["a100-40gb", "h100-80gb", "t4", "cpu"]))
+@given(st.integers(1, 64), st.integers(1, 48), st.sampled_from(["a100-40gb", "h100-80gb", "l4", "cpu"]))
 def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, gigabytes: int, name: str) -> None:
     made = setting(accelerator=name, capacity_bytes=gigabytes * GIB)
     space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
@@ -120,7 +126,8 @@ def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, 
     if others:
         assert best.fits
     if made.device == "cuda" and best.fits:
-        rivals = [c.step_time_s for c in others if c.offload == best.offload]
+        stages = {1, 3} if best.accumulation > 1 else {1, 2, 3}
+        rivals = [c.step_time_s for c in others if c.offload == best.offload and c.zero_stage in stages]
         assert all(best.step_time_s <= 1.0201 * seconds for seconds in rivals)
 
 
@@ -167,7 +174,7 @@ def test_a_run_that_does_not_fit_is_refused_with_the_remedy() -> None:
     assert plan.costing is not None
     assert not plan.costing.fits
     assert plan.zero_stage == 0
-    assert plan.costing.changes[0] == "layout.zero_stage=2"
+    assert plan.costing.changes[0] == "layout.zero_stage=3"
 
 
 def test_checkpointing_without_blocks_is_refused() -> None:
