@@ -49,6 +49,8 @@ def test_the_version_is_a_release_number() -> None:
 OPTIONS = {
     "doctor": ["--address", "--folder", "--json", "job"],
     "explain": ["--json", "run"],
+    "jobs": ["--address", "--json"],
+    "logs": ["--address", "--follow", "--json", "run"],
     "plan": [
         "--accelerator",
         "--address",
@@ -73,6 +75,28 @@ OPTIONS = {
         "--set",
         "job",
     ],
+    "status": ["--address", "--json", "run"],
+    "stop": ["--address", "--json", "--wait", "run"],
+    "submit": [
+        "--address",
+        "--arg",
+        "--context",
+        "--driver-cpus",
+        "--dry-run",
+        "--env",
+        "--follow",
+        "--force-config",
+        "--fresh",
+        "--json",
+        "--kubernetes",
+        "--namespace",
+        "--pip",
+        "--release",
+        "--set",
+        "--working-dir",
+        "job",
+    ],
+    "wait": ["--address", "--json", "--timeout-s", "run"],
 }
 
 

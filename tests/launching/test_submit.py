@@ -73,7 +73,7 @@ def start_head(folder: Path) -> Head:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     words = ["start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += [f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=150000000"]
-    words += ["--ray-client-server-port=0", f"--metrics-export-port={free_port()}"]
+    words += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *words, f"--temp-dir={temporary}"],

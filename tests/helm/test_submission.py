@@ -1,0 +1,135 @@
+"""`orchestrator submit --kubernetes` against a real API server, with the chart installed there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import REPOSITORY, Ended
+
+from kube import CHART, Tools
+
+pytestmark = [pytest.mark.k8s, pytest.mark.slow]
+
+pytest.importorskip("kubernetes", reason="the Kubernetes client is not installed")
+JOB = ("submit", "jobs.vision:digits", "--kubernetes", "--release", "team-orchestrator", "--namespace", "train")
+
+
+@pytest.fixture(scope="module")
+def installed(api: Tools) -> Iterator[Tools]:
+    words = ["--namespace", "train", "--set", "storage.uri=s3://runs/team", "--set", "jobDefaults.backoffLimit=7"]
+    done = api("helm", "install", "team", str(CHART), *words)
+    assert done.code == 0, done.err
+    yield api
+    api("helm", "uninstall", "team", "--namespace", "train")
+    api("kubectl", "--namespace", "train", "delete", "rayjobs", "--all")
+
+
+def orchestrator(api: Tools, *words: str, kubeconfig: Path | None = None) -> Ended:
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig or api.kubeconfig), "HOME": str(api.home)}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *words],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def rayjob(api: Tools, name: str) -> dict[str, Any]:
+    done = api("kubectl", "--namespace", "train", "get", "rayjob", name, "-o", "json")
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def names(api: Tools) -> str:
+    return api("kubectl", "--namespace", "train", "get", "rayjobs", "-o", "name").out
+
+
+def as_submitter(api: Tools, folder: Path) -> Path:
+    """The administrator's kubeconfig, but acting as the chart's submitter."""
+    assert api.kubeconfig is not None
+    config = json.loads(api.kubeconfig.read_text())
+    config["users"][0]["user"]["as"] = "system:serviceaccount:train:team-orchestrator-submitter"
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools) -> None:
+    more = ("--set", "name=first", "--arg", "epochs=3", "--env", "NCCL_DEBUG=INFO", "--pip", "einops==0.8.1")
+    done = orchestrator(installed, *JOB, *more)
+    assert done.code == 0, done.err
+    assert "RayJob first in namespace train created" in done.out
+    spec = rayjob(installed, "first")["spec"]
+    assert spec["entrypoint"] == (
+        "python -m orchestrator run jobs.vision:digits --arg epochs=3 "
+        "--set checkpoint.uri=s3://runs/team --set name=first"
+    )
+    assert spec["runtimeEnvYAML"] == "env_vars:\n  NCCL_DEBUG: INFO\npip:\n- einops==0.8.1\n"
+    assert spec["backoffLimit"] == 7
+    assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"] == "cpu"
+
+    again = orchestrator(installed, *JOB, *more, "--json")
+    assert again.code == 0, again.err
+    assert again.summary["created"] is False
+    other = orchestrator(installed, *JOB, "--set", "name=first", "--arg", "epochs=4")
+    assert other.code == 2
+    assert "exists with another command" in other.err
+
+
+def test_dry_run_asks_the_server_and_stores_nothing(installed: Tools) -> None:
+    done = orchestrator(installed, *JOB, "--set", "name=dry", "--dry-run")
+    assert done.code == 0, done.err
+    assert "would be accepted" in done.out
+    assert "rayjob.ray.io/dry" not in names(installed)
+
+
+def test_the_submitters_role_is_enough(installed: Tools, tmp_path: Path) -> None:
+    config = as_submitter(installed, tmp_path)
+    done = orchestrator(installed, *JOB, "--set", "name=mine_1.0", kubeconfig=config)
+    assert done.code == 0, done.err
+    assert rayjob(installed, "mine-1-0")["spec"]["entrypoint"].endswith("--set name=mine_1.0")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--release", "none"), "check --release and --namespace"),
+        (("--set", "layout.micro_bach=1"), "did you mean 'micro_batch'"),
+        (("--working-dir", "/tmp"), "the Kubernetes API takes no code"),
+        (("--context", "elsewhere"), "set KUBECONFIG, or --context"),
+    ],
+)
+def test_what_is_wrong_is_one_message(installed: Tools, words: tuple[str, ...], said: str) -> None:
+    done = orchestrator(installed, *JOB, "--set", "name=wrong", *words)
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    assert "rayjob.ray.io/wrong" not in names(installed)
+
+
+def test_without_rights_and_without_a_server(installed: Tools, tmp_path: Path) -> None:
+    config = json.loads(as_submitter(installed, tmp_path).read_text())
+    config["users"][0]["user"]["as"] = "nobody"
+    (tmp_path / "nobody").write_text(json.dumps(config))
+    refused = orchestrator(installed, *JOB, kubeconfig=tmp_path / "nobody")
+    assert refused.code == 2
+    assert "ask for the chart's role (rbac.subjects)" in refused.err
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
+    (tmp_path / "dead").write_text(json.dumps(config))
+    dead = orchestrator(installed, *JOB, kubeconfig=tmp_path / "dead")
+    assert dead.code == 2
+    assert "the API server does not answer" in dead.err
+    assert len(dead.err.strip().splitlines()) == 1, dead.err
