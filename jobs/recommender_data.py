@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def _made_up_clicks() -> tuple[Columns, Columns]:
         chosen = sparse[:, feature, :slots]
         odds += bias[chosen].sum(axis=1)
         vectors.append(latent[chosen].sum(axis=1))
-    odds += sum(0.4 * (a * b).sum(axis=1) for a, b in zip(vectors, vectors[1:], strict=False))
+    odds += sum(0.4 * (a * b).sum(axis=1) for a, b in itertools.pairwise(vectors))
     probability = 1.0 / (1.0 + np.exp(-odds))
     label = (draw.random(total) < probability).astype(np.int8)
     columns = {"dense": dense, "sparse": sparse, "label": label, "probability": probability}

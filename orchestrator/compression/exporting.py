@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from orchestrator.compression.measuring import Inputs
 from orchestrator.errors import ExportError
 
-__all__ = ["FORMATS", "need", "to_executorch", "to_executorch_int8", "to_onnx", "to_onnx_int8", "to_torch"]
+__all__ = ["need", "quiet", "to_executorch", "to_executorch_int8", "to_onnx", "to_onnx_int8", "to_torch"]
 
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch", "torchao"), "int8": ("torchao",)}
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "executorch": ("executorch", "torchao"),
+    "int8": ("torchao",),
+}
 
 
 def need(what: str) -> None:
@@ -48,7 +52,7 @@ def to_torch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Modul
         ExportError: the model cannot be captured; the message names where.
     """
     program = _captured(model, inputs[0])
-    with _quiet():
+    with quiet():
         torch.export.save(program, path)
         return torch.export.load(path).module()
 
@@ -58,9 +62,11 @@ def _captured(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     samples = torch.export.Dim("samples", min=1)
     shapes = tuple({0: samples} for _ in inputs)
     try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(model, _several(inputs), dynamic_shapes=(shapes,) if _variadic(model) else shapes)
-    except Exception as error:  # noqa: BLE001 - the model's own code runs here, and torch raises its own kinds
+        with quiet(), torch.no_grad():
+            return torch.export.export(
+                model, _several(inputs), dynamic_shapes=(shapes,) if _variadic(model) else shapes
+            )
+    except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
 
 
@@ -85,17 +91,17 @@ def to_onnx(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module
     need("onnx")
     program = _captured(model, inputs[0])
     try:
-        with _quiet():
+        with quiet():
             written = torch.onnx.export(program, dynamo=True, optimize=True, external_data=False, verbose=False)
             assert written is not None
             written.save(path)
-    except Exception as error:  # noqa: BLE001 - the exporter raises its own kinds
+    except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {_reason(error)}") from error
     return OnnxModule(path)
 
 
 def to_onnx_int8(source: Path, inputs: Sequence[Inputs], path: Path) -> nn.Module:
-    """Write an int8 version of the ONNX file ``source``, calibrated on ``inputs``: weights per channel, activations static.
+    """Write an int8 version of the ONNX file ``source``: weights per channel, activations calibrated on ``inputs``.
 
     Raises:
         ExportError: there is nothing to calibrate on.
@@ -103,10 +109,9 @@ def to_onnx_int8(source: Path, inputs: Sequence[Inputs], path: Path) -> nn.Modul
     need("onnx")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static, shape_inference
 
-    if not inputs:
-        raise ExportError("int8 needs samples to calibrate on: the job has no evaluation data")
+    _require_samples(inputs)
     prepared = path.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -159,13 +164,13 @@ class _Calibration:
 
 
 def to_executorch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
-    """Write ``model`` for ExecuTorch with XNNPACK, for as many samples as the first of ``inputs`` has.
+    """Write ``model`` for ExecuTorch with XNNPACK, for one sample at a time, as devices at the edge see them.
 
     Raises:
         ExportError: the model cannot be captured or lowered.
     """
     need("executorch")
-    return _lowered(model, _fixed(model, inputs[0]), inputs, path)
+    return _lowered(model, _fixed(model, _alone(inputs[0], 0)), path)
 
 
 def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
@@ -175,73 +180,71 @@ def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -
         ExportError: the model cannot be captured or lowered, or there is nothing to calibrate on.
     """
     need("executorch")
+    _require_samples(inputs)
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    with _quiet():
+    first = _alone(inputs[0], 0)
+    captured = _fixed(model, first).module()
+    with quiet(), torch.no_grad():
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-        prepared = prepare_pt2e(_fixed(model, inputs[0]).module(), quantizer)
-        for args in _whole(inputs):
-            prepared(*args)
+        prepared = prepare_pt2e(captured, quantizer)
+        for args in inputs:
+            for index in range(len(args[0])):
+                prepared(*_alone(args, index))
         quantized = convert_pt2e(prepared)
-    return _lowered(model, _fixed(quantized, inputs[0]), inputs, path)
+    return _lowered(model, _fixed(quantized, first), path)
+
+
+def _alone(inputs: Inputs, index: int) -> Inputs:
+    return tuple(value[index : index + 1].clone(memory_format=torch.contiguous_format) for value in inputs)
 
 
 def _fixed(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             return torch.export.export(model, inputs)
-    except Exception as error:  # noqa: BLE001 - the model's own code runs here, and torch raises its own kinds
+    except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
 
 
-def _lowered(
-    model: nn.Module, program: torch.export.ExportedProgram, inputs: Sequence[Inputs], path: Path
-) -> nn.Module:
+def _lowered(model: nn.Module, program: torch.export.ExportedProgram, path: Path) -> nn.Module:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     try:
-        with _quiet():
+        with quiet():
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-    except Exception as error:  # noqa: BLE001 - the compiler raises its own kinds
+    except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be lowered to ExecuTorch: {_reason(error)}") from error
     path.write_bytes(lowered.buffer)
-    return ExecuTorchModule(path, len(inputs[0][0]))
+    return ExecuTorchModule(path)
 
 
 class ExecuTorchModule(nn.Module):
-    """Runs an ExecuTorch file, which is made for one number of samples: others are cut and filled up."""
+    """Runs an ExecuTorch file, sample by sample."""
 
-    def __init__(self, path: Path, samples: int) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         from executorch.runtime import Runtime, Verification
 
-        with _quiet():
+        with quiet():
             self._program = Runtime.get().load_program(path, verification=Verification.Minimal)
             self._method = self._program.load_method("forward")
-        self.samples = samples
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the file's first output, for any number of samples."""
-        count = len(inputs[0])
-        parts = [self._run([value[start : start + self.samples] for value in inputs]) for start in range(0, count, self.samples)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _run(self, inputs: list[Tensor]) -> Tensor:
-        count = len(inputs[0])
-        if count < self.samples:
-            inputs = [torch.cat((value, value[-1:].expand(self.samples - count, *value.shape[1:]))) for value in inputs]
-        found: Tensor = self._method.execute(tuple(value.contiguous() for value in inputs))[0]
-        return found[:count].clone()  # the runtime's memory is used again
+        # The runtime uses the memory of an output again.
+        found = [self._method.execute(_alone(inputs, index))[0].clone() for index in range(len(inputs[0]))]
+        return torch.cat(found)
 
 
-def _whole(inputs: Sequence[Inputs]) -> list[Inputs]:
-    """Those of the first one's size: a graph of fixed shapes takes no other."""
-    return [args for args in inputs if len(args[0]) == len(inputs[0][0])]
+def _require_samples(inputs: Sequence[Inputs]) -> None:
+    if not inputs:
+        raise ExportError("int8 needs samples to calibrate on: give at least one, as in --calibrate 256")
 
 
 # -- what they share ---------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporters and quantizers warn of their own insides; what goes wrong is raised."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -268,11 +271,3 @@ def _quiet() -> Iterator[None]:
                 yield
     finally:
         logging.disable(level)
-
-
-FORMATS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
-    "torch": (".pt2", to_torch),
-    "onnx": (".onnx", to_onnx),
-    "executorch": (".pte", to_executorch),
-}
-"""Name, suffix and writer of every fp32 format."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: it fails its checks.
     """
     layout = verify(checkpoint)["layout_key"]
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if layout["zero_stage"] == 3 or (layout["zero_stage"] and layout["precision"] != "fp32"):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
