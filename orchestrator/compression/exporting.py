@@ -52,6 +52,8 @@ def to_torch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Modul
         ExportError: the model cannot be captured; the message names where.
     """
     program = _captured(model, inputs[0])
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # source lines: of a small model they are a fifth of the file
     with quiet():
         torch.export.save(program, path)
         return torch.export.load(path).module()
@@ -95,9 +97,21 @@ def to_onnx(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module
             written = torch.onnx.export(program, dynamo=True, optimize=True, external_data=False, verbose=False)
             assert written is not None
             written.save(path)
+            _strip(path)
     except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {_reason(error)}") from error
     return OnnxModule(path)
+
+
+def _strip(path: Path) -> None:
+    """Drop the source lines that the exporter notes at every node: of a small model they are a third of the file."""
+    import onnx
+
+    model = onnx.load(path)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, path)
 
 
 def to_onnx_int8(source: Path, inputs: Sequence[Inputs], path: Path) -> nn.Module:

@@ -120,7 +120,7 @@ def _weight(layer: nn.Module) -> Tensor:
 def _largest(size: Tensor, share: float) -> Tensor:
     """True at the largest entries; ``share`` of all is False."""
     kept = torch.ones(size.numel(), dtype=torch.bool, device=size.device)
-    gone = min(math.floor(share * size.numel()), size.numel() - 1)
+    gone = min(math.floor(share * size.numel() + 1e-6), size.numel() - 1)  # a layer keeps one weight at least
     kept[size.flatten().argsort()[:gone]] = False
     return kept.reshape(size.shape)
 

@@ -30,7 +30,7 @@ def network() -> nn.Module:
 def test_so_many_of_the_smallest_go(share: float, rows: int, columns: int) -> None:
     weight = random(rows, columns)
     kept = choose(weight, "global", share)
-    assert int((~kept).sum()) == min(int(share * weight.numel()), weight.numel() - 1)
+    assert int((~kept).sum()) == min(int(share * weight.numel() + 1e-6), weight.numel() - 1)
     if kept.any() and not kept.all():
         assert weight[kept].abs().min() >= weight[~kept].abs().max()
 
@@ -50,13 +50,13 @@ def test_channels_go_whole(share: float) -> None:
     kept = choose(weight, "channels", share).flatten(1)
     assert (kept.all(dim=1) | ~kept.any(dim=1)).all()
     gone = ~kept[:, 0]
-    assert int(gone.sum()) == min(int(share * 16), 15)
+    assert int(gone.sum()) == min(int(share * 16 + 1e-6), 15)
     norms = weight.flatten(1).norm(dim=1)
     if gone.any():
         assert norms[gone].max() <= norms[~gone].min()
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.85])
 def test_globally_all_layers_share_one_threshold(sparsity: float) -> None:
     before = [layer.weight.detach().clone() for layer in network() if isinstance(layer, nn.Linear | nn.Conv2d)]
     model = plain(mask_weights(network(), pattern="global", sparsity=sparsity))
@@ -64,7 +64,7 @@ def test_globally_all_layers_share_one_threshold(sparsity: float) -> None:
     assert sparsity_of(model) == pytest.approx(sparsity, abs=0.002)
     gone = torch.cat([b[a == 0].abs().flatten() for a, b in zip(after, before, strict=True)])
     stayed = torch.cat([b[a != 0].abs().flatten() for a, b in zip(after, before, strict=True)])
-    assert gone.max() <= stayed.min() * 1.02  # each layer rounds to whole weights
+    assert gone.max() <= stayed.min()
     assert all(torch.equal(a[a != 0], b[a != 0]) for a, b in zip(after, before, strict=True))
 
 
