@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from orchestrator.errors import ExportError
 
@@ -32,19 +33,29 @@ class Mask(nn.Module):
         self.pattern: Pattern = pattern
         self.sparsity = sparsity
         self.passes = passes
+        self._due = False
+        self.handle: RemovableHandle | None = None
+        """Takes the counting of passes off the layer."""
         self.register_buffer("kept", choose(weight, pattern, 0.0 if passes else sparsity))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` with zeros in it."""
-        kept, count = cast("Tensor", self.kept), cast("Tensor", self.count)
-        if self.training and torch.is_grad_enabled() and self.passes:
-            count += 1
-            now = int(count)
-            if now <= self.passes and (now % INTERVAL == 0 or now == self.passes):
-                share = self.sparsity * (1 - (1 - now / self.passes) ** 3)
-                kept.copy_(choose(weight.detach(), self.pattern, share))
+        kept = cast("Tensor", self.kept)
+        if self._due:
+            self._due = False
+            done = min(int(cast("Tensor", self.count)) / self.passes, 1.0)
+            kept.copy_(choose(weight.detach(), self.pattern, self.sparsity * (1 - (1 - done) ** 3)))
         return weight * kept.to(weight.dtype)
+
+    def note_pass(self, layer: nn.Module, _: Any) -> None:
+        """Count a forward pass of the layer, before it; its weight alone may be read more often than that."""
+        if not (layer.training and torch.is_grad_enabled() and self.passes):
+            return
+        count = cast("Tensor", self.count)
+        count += 1
+        now = int(count)
+        self._due = now == self.passes or (now < self.passes and now % INTERVAL == 0)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return what is trained: the weight itself."""
@@ -75,6 +86,7 @@ def mask_weights(model: nn.Module, *, pattern: Pattern, sparsity: float, passes:
     shares = _global_shares(layers, sparsity) if pattern == "global" else [sparsity] * len(layers)
     for layer, share in zip(layers, shares, strict=True):
         mask = Mask(_weight(layer).detach(), pattern=pattern, sparsity=share, passes=passes)
+        mask.handle = layer.register_forward_pre_hook(mask.note_pass)
         parametrize.register_parametrization(layer, "weight", mask)
     return model
 
@@ -97,6 +109,8 @@ def choose(weight: Tensor, pattern: Pattern, share: float) -> Tensor:
 def plain(model: nn.Module) -> nn.Module:
     """Put the zeros into the weights of ``model`` and take the masks off, in place."""
     for module in list(model.modules()):
+        if isinstance(module, Mask) and module.handle is not None:
+            module.handle.remove()
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(cast("Any", module), "weight", leave_parametrized=True)
     return model

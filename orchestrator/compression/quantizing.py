@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from orchestrator.compression.exporting import need, quiet
+from orchestrator.compression.exporting import need
+from orchestrator.compression.quiet import quiet
 from orchestrator.errors import ExportError
 
 __all__ = ["METHODS", "fake_quantized", "quantized", "without_fake_quantization"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.compression.quiet import quiet
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.job import Task, load
@@ -61,10 +62,10 @@ def load_trained(run: str) -> Trained:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return parameters and buffers by name, floating-point ones in fp32, of a checkpoint of any stage and precision.
 
-    In fp32 and stages 0 to 2 they are the model's own file; in stage 3 and in 16 bit DeepSpeed's helper puts the fp32
-    shards together. That unpickles without restraint, so every file is verified first: against the manifest's hash, and
-    for names that a checkpoint has no use for. Stage 0 in 16 bit keeps its fp32 weights in no form that the helper
-    reads: there the 16-bit weights are what is returned.
+    In fp32 and stages 0 to 2 they are the model's own file. In 16 bit the fp32 masters lie in shards: those of bf16 in
+    stage 1 are put together here, and all others, and stage 3, by DeepSpeed's helper. That unpickles without restraint,
+    so every file is verified first: against the manifest's hash, and for names that a checkpoint has no use for. Stage
+    0 in 16 bit keeps its masters in no form that can be told apart: there the 16-bit weights are what is returned.
 
     Raises:
         CheckpointError: it fails its checks.
@@ -72,24 +73,45 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     layout = verify(checkpoint)["layout_key"]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if layout["zero_stage"] == 3 or (layout["zero_stage"] and layout["precision"] != "fp32"):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        weights: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    stage, precision = layout["zero_stage"], layout["precision"]
+    if stage == 0 or (stage < 3 and precision == "fp32"):
+        weights: Mapping[str, Any] = _saved(checkpoint / TAG / WHOLE)["module"]
+    elif stage == 1 and precision == "bf16":
+        weights = _from_slices(checkpoint / TAG)
     else:
-        from torch.serialization import safe_globals
+        with quiet():
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with safe_globals(_trusted()):
-            saved = torch.load(checkpoint / TAG / WHOLE, weights_only=True, map_location="cpu")
-        weights = saved["module"]
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
     return {_plain(name): _fp32(weight) for name, weight in weights.items()}
 
 
-def _trusted() -> list[Any]:
-    """What DeepSpeed's model file names beyond tensors."""
-    from deepspeed.runtime.zero.config import ZeroStageEnum
+def _from_slices(folder: Path) -> dict[str, Tensor]:
+    """The masters of DeepSpeed's bf16 optimizer, of which each rank's file says what slice of what weight it holds."""
+    whole = _saved(folder / WHOLE)
+    parts: dict[str, list[Tensor]] = {}
+    files = folder.glob("bf16_zero_pp_rank_*_optim_states.pt")
+    for file in sorted(files, key=lambda path: int(path.name.split("_")[4])):
+        state = _saved(file)["optimizer_state_dict"]
+        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
+        for flat, slices in groups:
+            for name, piece in slices.items():
+                parts.setdefault(name, []).append(flat[piece.start : piece.start + piece.numel])
+    weights: dict[str, Tensor] = dict(whole["module"])
+    weights |= {name: torch.cat(found).view_as(weights[name]) for name, found in parts.items()}
+    return weights | {name: weights[source] for name, source in whole["shared_params"].items()}
 
-    return [ZeroStageEnum]
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What DeepSpeed wrote to ``path``: tensors, and the few classes of its own that it names."""
+    with quiet():
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return found
 
 
 def _plain(name: str) -> str:

@@ -71,7 +71,7 @@ def test_a_limit_that_nothing_keeps_is_refused() -> None:
 def test_the_table_as_text() -> None:
     lines = report_lines(ENTRIES, "accuracy", INT8, Budget(min_accuracy=0.98))
     assert lines == [
-        "model   path          size  of fp32  packed  accuracy  median     p99  samples/s   off by",
+        "model   path           size  of fp32  packed  accuracy  median     p99  samples/s   off by",
         "digits  torch       1,000 B     1.00   500 B      0.99    1 ms    2 ms      1,000  0.0e+00",
         "digits  onnx-int8     290 B     0.29   145 B     0.985  0.2 ms  0.4 ms      5,000  0.0e+00",
         "digits  pte           250 B     0.25   125 B       0.9  0.5 ms    1 ms      2,000  0.0e+00",

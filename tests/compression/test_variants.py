@@ -93,10 +93,10 @@ def test_a_teacher_of_another_task_is_refused(digits_run: Path, data: Path) -> N
     @dataclasses.dataclass(frozen=True)
     class Other(type(digits().task)):  # type: ignore[misc]
         def model(self) -> torch.nn.Module:
-            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12))
 
     small = Job(digits().config, Other(str(data)))
-    with pytest.raises(ConfigError, match=r"cannot teach this student: it answers \[1, 10\] where .* \[1, 3\]"):
+    with pytest.raises(ConfigError, match=r"cannot teach this student: it answers \[1, 10\] where .* \[1, 12\]"):
         _prepared(small, Distilled(small.task, str(digits_run)))
 
 
@@ -155,8 +155,8 @@ def test_training_aware_of_int8_goes_on_from_the_trained_model(digits_run: Path,
 
 @pytest.mark.slow
 def test_a_student_learns_from_its_teacher(digits_run: Path, tmp_path: Path) -> None:
-    job = distilled(str(digits_run), ("width=8",), epochs=4.0)
-    names = [f"run={digits_run}", "student=width=8", "epochs=4"]
+    job = distilled(str(digits_run), ("width=8",), epochs=8.0)
+    names = [f"run={digits_run}", "student=width=8", "epochs=8"]
     root = train(tmp_path / "student", job, f"{VARIANTS}:distilled", names)
     student, teacher = (load_trained(str(r)).model for r in (root, digits_run))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
