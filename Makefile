@@ -61,6 +61,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '==> .venv: installing torch (the largest part)'
 	@$(PIP) install --quiet --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	@echo '==> .venv: installing everything else'
-	@$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev,cluster]'
+	@$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev,cluster,edge]'
 	@touch $@
 	@echo '==> .venv: ready'

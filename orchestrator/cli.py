@@ -142,6 +142,71 @@ def replay(
 
 
 @app.command()
+def tune(
+    job: JobArgument,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=RANGE", help="As in optimizer.learning_rate=loguniform(1e-4,1e-1)."),
+    ] = None,
+    range_test: Annotated[
+        bool, typer.Option(help="Only let the learning rate rise in one short run, and suggest one.")
+    ] = False,
+    trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 12,
+    metric: Annotated[str, typer.Option(metavar="NAME", help="What to compare by.")] = "loss",
+    optuna: Annotated[bool, typer.Option(help="Choose settings by what earlier trials found.")] = False,
+    arg: Args = None,
+    override: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Search JOB's config for settings that work best, many runs at a time, and print them as a ready --set line."""
+    if range_test:
+        _range_test(job, tuple(arg or ()), tuple(override or ()), as_json)
+        return
+    from orchestrator.launching import tuning
+
+    request = tuning.TuneRequest(
+        job=job,
+        search=tuple(search or ()),
+        args=tuple(arg or ()),
+        overrides=tuple(override or ()),
+        trials=trials,
+        metric=metric,
+        optuna=optuna,
+        address=address,
+    )
+    with _display(as_json) as display:
+        tuned = tuning.tune(request, _Watcher(display))
+    if as_json:
+        rows = [asdict(trial) for trial in tuned.trials]
+        print(json.dumps({"folder": str(tuned.folder), "metric": metric, "set": tuned.set_line, "trials": rows}))
+        return
+    for trial in tuned.trials:
+        settings = "  ".join(f"{name}={value}" for name, value in trial.settings.items())
+        best = "no value" if trial.best is None else f"{metric} {trial.best:.4g}"
+        print(f"{best:<18} {trial.progress:5.0%}  {trial.state:<12} {settings}")
+    print(tuned.set_line)
+
+
+def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+    from orchestrator.job import load
+    from orchestrator.launching.preflight import prepare
+    from orchestrator.training.rate_range import range_test
+
+    loaded = load(job, args, overrides)
+    prepare(loaded)
+    found = range_test(loaded.task, loaded.config, low=1e-6, high=10.0, steps=160)
+    line = f"--set recipe.optimizer.learning_rate={found.suggested:.2g}"
+    if as_json:
+        print(json.dumps({**asdict(found), "set": line}))
+        return
+    for rate, loss in list(zip(found.rates, found.losses, strict=True))[::8]:
+        length = round(50 * loss / max(found.losses))
+        print(f"{rate:9.2g}  {loss:8.4g}  {'#' * length}")
+    print(line)
+
+
+@app.command()
 def compress(
     run: RunArgument,
     to: Annotated[
