@@ -143,7 +143,8 @@ def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: 
     def trial(settings: dict[str, str]) -> None:
         run_trial(request, folder, settings)
 
-    trainable = ray_tune.with_resources(trial, {"CPU": 0})  # its workers take what they need by themselves
+    # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
+    trainable = ray_tune.with_resources(trial, {"memory": 1})
     state = folder / "search"
     if ray_tune.Tuner.can_restore(str(state)):
         tuner = ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True, restart_errored=True)
