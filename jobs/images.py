@@ -107,7 +107,7 @@ class ImageTask:
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     channels_last: bool = True
-    """Keep the channels of a pixel together in memory."""
+    """Keep the channels of a pixel together in memory, from the input on."""
 
     def datasets(self) -> Datasets:
         """Return the two Parquet files."""
@@ -116,10 +116,7 @@ class ImageTask:
     def model(self) -> nn.Module:
         """Return a new network for the data's images."""
         about = _about(self.data)
-        network = NETWORKS[self.network](about["channels"], about["classes"], about["side"])
-        if self.channels_last:
-            network = network.to(memory_format=torch.channels_last)
-        return network
+        return NETWORKS[self.network](about["channels"], about["classes"], about["side"])
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the smoothed cross-entropy, averaged over the micro batch; in training, of moved and mixed images."""
@@ -149,6 +146,7 @@ class ImageTask:
         return (batch["image"].float() / 255.0 - mean) / std
 
     def _laid_out(self, images: Tensor) -> Tensor:
+        # The inputs alone: convolutions hand the format on, and DeepSpeed cannot broadcast weights that have it.
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 

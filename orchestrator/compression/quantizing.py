@@ -115,11 +115,12 @@ def fake_quantized(model: nn.Module) -> nn.Module:
 def without_fake_quantization(model: nn.Module) -> nn.Module:
     """Turn what ``fake_quantized`` made into ordinary layers with the weights as trained, in place."""
     need("int8")
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
-
     with quiet():
-        quantize_(model, QATConfig(step="convert"), filter_fn=lambda *_: True)
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, QATConfig
+
+        fake = (FakeQuantizedLinear, FakeQuantizedEmbedding)
+        quantize_(model, QATConfig(step="convert"), filter_fn=lambda module, _: isinstance(module, fake))
     return model
 
 

@@ -49,9 +49,9 @@ def pruned(run: str, sparsity: float = 0.8, pattern: Pattern = "global", epochs:
         RequestError: there is no such run, or what it trained cannot be pruned like this.
     """
     origin, job = _origin(run)
-    config = _continued(
-        origin, f"pruned-{_percent(sparsity)}" + ("" if pattern == "global" else f"-{_word(pattern)}"), epochs
-    )
+    suffix = f"pruned-{_percent(sparsity)}" + ("" if pattern == "global" else f"-{_word(pattern)}")
+    # At the recipe's full rate: what is left has to find its place anew (Renda et al. 2020, arXiv:2003.02389).
+    config = _continued(origin, suffix, epochs, rate=1.0)
     passes = _passes(config, job.task)
     task = Pruned(job.task, str(find_run(run).root), sparsity, pattern, passes)
     task.model()  # refused here, not in a worker

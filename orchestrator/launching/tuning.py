@@ -174,15 +174,19 @@ def _space(request: TuneRequest, ranges: Sequence[Range]) -> dict[str, Any]:
         source = random.Random(request.seed)
         drawn = [{found.field: found.draw(source) for found in ranges} for _ in range(request.trials)]
         return {"settings": ray_tune.grid_search(drawn)}
-    kinds = {"loguniform": ray_tune.loguniform, "uniform": ray_tune.uniform, "randint": ray_tune.randint}
-    return {
-        "settings": {
-            found.field: ray_tune.choice(list(found.values))
-            if found.kind == "choice"
-            else kinds[found.kind](*(round(b) if found.kind == "randint" else b for b in found.bounds))
-            for found in ranges
-        }
-    }
+    return {"settings": {found.field: _domain(found) for found in ranges}}
+
+
+def _domain(found: Range) -> Any:
+    """A range as Ray Tune, and Optuna through it, has it."""
+    from ray import tune as ray_tune
+
+    if found.kind == "choice":
+        return ray_tune.choice(list(found.values))
+    low, high = found.bounds
+    if found.kind == "randint":
+        return ray_tune.randint(round(low), round(high) + 1)
+    return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
 
 
 def _optuna(seed: int) -> Any:
