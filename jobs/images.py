@@ -107,7 +107,7 @@ class ImageTask:
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     channels_last: bool = True
-    """Keep the channels of a pixel together in memory, from the input on."""
+    """Keep the channels of a pixel together in memory, from the input on; images of one channel have no such order."""
 
     def datasets(self) -> Datasets:
         """Return the two Parquet files."""

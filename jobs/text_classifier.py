@@ -160,7 +160,7 @@ def write_labelled_text(folder: str, text: str = "", *, context: int = 256) -> N
     if are_written(files, made_of):
         return
     classes = dict(_classes(text))
-    parts: tuple[list[tuple[bytes, int]], list[tuple[bytes, int]]] = ([], [])
+    parts: list[list[tuple[bytes, int]]] = [[], []]
     for label, paths in enumerate(classes.values()):
         for path in paths:
             held_out = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:4]) % HELD_OUT == 0
