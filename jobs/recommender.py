@@ -61,9 +61,9 @@ def clicks(
 ) -> Job:
     """Return the job: a DLRM whose area under the curve comes to 0.84 on made-up clicks that allow 0.89.
 
-    The clicks are drawn from known probabilities (see ``write_clicks``), so the best possible value is known; a
-    logistic regression, which has no interactions, stays at 0.70. One pass is the recipe: in a second one the embeddings learn the samples
-    by heart, as those of click models do (Zhang et al. 2022, arXiv:2209.06053).
+    The clicks are drawn from known probabilities (see ``write_clicks``), so the best possible value is known; logistic
+    regression, which has no interactions, stays at 0.70. One pass is the recipe: in a second one the embeddings learn
+    the samples by heart, as those of click models do (Zhang et al. 2022, arXiv:2209.06053).
 
     Args:
         data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there.
