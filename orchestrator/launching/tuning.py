@@ -1,4 +1,9 @@
-"""What `tune` does: runs of a job with other settings, many at a time, the poor ones ended early, by Ray Tune."""
+"""What `tune` does: runs of a job with other settings, many at a time, the poor ones ended early.
+
+Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all trials run to a ninth of their length, the best
+third of them to a third, the best third of those to the end. A trial that is left is not killed: it saves and stops as
+any run does, and gives back what it held. Ray Tune places the trials of a round and, with Optuna, chooses settings.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +22,17 @@ from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.search_space import Range, parse_search
-from orchestrator.storage.folder import read_json, write_json
+from orchestrator.storage.folder import RunFolder, read_json, write_json
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
 GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision")
 """Beginnings of metrics that grow as a model gets better."""
+FACTOR = 3
+SHARES = (1 / 9, 1 / 3, 1.0)
+"""Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Tuned:
 
 
 def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
-    """Try ``request.trials`` settings by asynchronous halving; the same command again goes on after a crash.
+    """Try ``request.trials`` settings by successive halving; the same command again goes on after a crash.
 
     Every trial is a run like any other, in ``<checkpoint.uri>/tune-<name>/runs/<trial>``: its checkpoints let it go on.
 
@@ -137,44 +146,75 @@ def _together(config: RunConfig, shape: ClusterShape) -> int:
 
 
 def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
+    """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
+    grows = request.metric.startswith(GROWING)
+    names = _first_round(request, ranges, folder, together)
+    for share in SHARES:
+        due = [name for name in names if _reached(folder, name) < share]
+        if due:
+            trials = [{"name": name, "settings": read_json(folder / "settings" / f"{name}.json")} for name in due]
+            _round(request, folder, {"trial": _grid(trials)}, share, together)
+        order = [trial.name for trial in _trials(folder, request.metric, grows) if trial.best is not None]
+        names = [name for name in order if name in names][: max(1, math.ceil(len(names) / FACTOR))]
+
+
+def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> list[str]:
+    """Names of all trials, whose settings are written down: drawn at once, or one after another by Optuna."""
+    (folder / "settings").mkdir(exist_ok=True)
+    known = sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    if request.optuna and len(known) < request.trials:
+        _round(request, folder, {"settings": {r.field: _domain(r) for r in ranges}}, SHARES[0], together, len(known))
+    elif not known:
+        source = random.Random(request.seed)
+        for index in range(request.trials):
+            drawn = {found.field: found.draw(source) for found in ranges}
+            write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
+    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+
+
+def _round(
+    request: TuneRequest, folder: Path, space: dict[str, Any], share: float, together: int, known: int = 0
+) -> None:
+    """Run trials to ``share`` of their length: those in ``space``, or, with Optuna, as many as are missing."""
     from ray import tune as ray_tune
-    from ray.tune.schedulers import ASHAScheduler
 
-    def trial(settings: dict[str, str]) -> None:
-        run_trial(request, folder, settings)
+    def trial(chosen: dict[str, Any]) -> None:
+        run_trial(request, folder, chosen.get("trial", chosen), share)
 
-    # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
-    trainable = ray_tune.with_resources(trial, {"memory": 1})
-    state = folder / "search"
-    if ray_tune.Tuner.can_restore(str(state)):
-        tuner = ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True, restart_errored=True)
-    else:
-        mode = "max" if request.metric.startswith(GROWING) else "min"
-        tuner = ray_tune.Tuner(
-            trainable,
-            param_space=_space(request, ranges),
-            tune_config=ray_tune.TuneConfig(
-                metric="value",
-                mode=mode,
-                num_samples=1 if not request.optuna else request.trials,
-                max_concurrent_trials=together,
-                search_alg=_optuna(request.seed) if request.optuna else None,
-                scheduler=ASHAScheduler(time_attr="rung", max_t=81, grace_period=9, reduction_factor=3),
-            ),
-            run_config=ray_tune.RunConfig(name=state.name, storage_path=str(folder), verbose=0),
-        )
+    searches = request.optuna and "settings" in space
+    tuner = ray_tune.Tuner(
+        # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
+        ray_tune.with_resources(trial, {"memory": 1}),
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            metric="value",
+            mode="max" if request.metric.startswith(GROWING) else "min",
+            num_samples=request.trials - known if searches else 1,
+            max_concurrent_trials=together,
+            search_alg=_optuna(request.seed) if searches else None,
+        ),
+        run_config=ray_tune.RunConfig(name=f"round-{share:.3f}", storage_path=str(folder / "ray"), verbose=0),
+    )
     tuner.fit()
 
 
-def _space(request: TuneRequest, ranges: Sequence[Range]) -> dict[str, Any]:
-    """Settings drawn beforehand, so that the same search tries the same ones; or, for Optuna, where it may look."""
+def _grid(trials: list[dict[str, Any]]) -> Any:
     from ray import tune as ray_tune
 
-    if not request.optuna:
-        source = random.Random(request.seed)
-        drawn = [{found.field: found.draw(source) for found in ranges} for _ in range(request.trials)]
-        return {"settings": ray_tune.grid_search(drawn)}
-    return {"settings": {found.field: _domain(found) for found in ranges}}
+    return ray_tune.grid_search(trials)
+
+
+def _reached(folder: Path, name: str) -> float:
+    """How far a trial has come, as a share of its length; one that failed is done."""
+    if (folder / "settings" / f"{name}.failed.json").exists():
+        return 1.0
+    summary = read_json(folder / "runs" / name / "summary.json") or {}
+    return 1.0 if summary.get("state") == "finished" else _progress(folder / "runs" / name)
+
+
+def _progress(root: Path) -> float:
+    records, plan = _lines(root / "evaluations.jsonl"), read_json(root / "plan.json") or {}
+    return min(1.0, records[-1]["progress"] / plan["length"]) if records and plan.get("length") else 0.0
 
 
 def _domain(found: Range) -> Any:
@@ -195,42 +235,46 @@ def _optuna(seed: int) -> Any:
     return OptunaSearch(seed=seed)
 
 
-def run_trial(request: TuneRequest, folder: Path, settings: dict[str, Any]) -> None:
-    """Run the job with a trial's settings, in the process that Ray Tune gave it, and report each evaluation."""
+def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], share: float) -> None:
+    """Run a trial on to ``share`` of its length, in the process that Ray Tune gave it, and report its last value."""
     from ray import tune as ray_tune
 
-    name = f"trial-{ray_tune.get_context().get_trial_id().replace('_', '-')}"
-    chosen = {
-        field: f"{value:.6g}" if isinstance(value, float) else str(value)
-        for field, value in settings["settings"].items()
-    }
-    runs = folder / "runs"
-    overrides = [*request.overrides, *(f"{field}={value}" for field, value in chosen.items())]
-    overrides += [f"name={name}", f"checkpoint.uri={runs}"]
-    (folder / "settings").mkdir(exist_ok=True)
-    write_json(folder / "settings" / f"{name}.json", chosen)
-    length = 1.0
-
-    class Reporter:
-        """Reports a trial's evaluations to Ray Tune, at its progress in 81 parts."""
-
-        def planned(self, plan: Any, _: Path) -> None:
-            nonlocal length
-            length = float(plan.length or 1.0)
-
-        def evaluation(self, record: Mapping[str, Any]) -> None:
-            if request.metric in record["metrics"]:
-                part = min(81, max(1, round(81 * record["progress"] / length)))
-                ray_tune.report({"value": record["metrics"][request.metric], "rung": part})
-
-        def step(self, record: Mapping[str, Any]) -> None: ...
-        def decision(self, record: Mapping[str, Any]) -> None: ...
-        def note(self, text: str) -> None: ...
-
+    name = chosen.get("name") or f"trial-{ray_tune.get_context().get_trial_id().replace('_', '-')}"
+    settings = {field: _text(value) for field, value in chosen["settings"].items()}
+    write_json(folder / "settings" / f"{name}.json", settings)
+    overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
+    overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
+    pause = _Pause(RunFolder(folder / "runs" / name), share)
     try:
-        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto"), Reporter())
+        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto"), pause)
     except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
         write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
+    values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
+    worst = -math.inf if request.metric.startswith(GROWING) else math.inf
+    ray_tune.report({"value": values[-1] if values else worst})
+
+
+class _Pause:
+    """Listens to a trial and asks it to save and stop once an evaluation lies past its share of the length."""
+
+    def __init__(self, folder: RunFolder, share: float) -> None:
+        self.folder = folder
+        self._share = share
+
+    def planned(self, plan: Plan, _: Path) -> None:
+        self._length = float(plan.length or math.inf)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        if self._share < 1.0 and record["progress"] >= self._share * self._length:
+            self.folder.stop_request.touch()
+
+    def step(self, record: Mapping[str, Any]) -> None: ...
+    def decision(self, record: Mapping[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
@@ -240,14 +284,12 @@ def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
         if path.stem.endswith(".failed"):
             continue
         root = folder / "runs" / path.stem
-        records = _lines(root / "evaluations.jsonl")
-        values = [record["metrics"][metric] for record in records if metric in record["metrics"]]
-        plan, summary = read_json(root / "plan.json") or {}, read_json(root / "summary.json") or {}
-        progress = records[-1]["progress"] / plan["length"] if records and plan.get("length") else 0.0
+        values = [r["metrics"][metric] for r in _lines(root / "evaluations.jsonl") if metric in r["metrics"]]
+        summary = read_json(root / "summary.json") or {}
         failed = path.with_name(f"{path.stem}.failed.json").exists()
-        state = "failed" if failed else str(summary.get("state", "ended early"))
+        state = "failed" if failed else "finished" if summary.get("state") == "finished" else "ended early"
         best = (max if grows else min)(values, default=None)
-        found.append(Trial(path.stem, read_json(path) or {}, state, min(progress, 1.0), best))
+        found.append(Trial(path.stem, read_json(path) or {}, state, _progress(root), best))
     sign = -1.0 if grows else 1.0
     return tuple(sorted(found, key=lambda trial: math.inf if trial.best is None else sign * trial.best))
 
