@@ -67,6 +67,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '==> .venv: installing torch (the largest part)'
 	@$(PIP) install --quiet --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	@echo '==> .venv: installing everything else'
-	@$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev,cluster,kubernetes]'
+	@$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev,cluster,kubernetes,edge]'
 	@touch $@
 	@echo '==> .venv: ready'

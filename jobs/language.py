@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from jobs.parquet import write_whole
+from jobs.parquet import are_written, write_whole
 from orchestrator.config import (
     AdamW,
     Cosine,
@@ -442,7 +441,7 @@ def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
     """
     made_of = {"text": text or "the standard library", "context": str(context)}
     files = [Path(folder) / name for name in ("train.parquet", "test.parquet")]
-    if _are_written(files, made_of):
+    if are_written(files, made_of):
         return
     train, held_out = (_rows(documents, context) for documents in _split(_documents(text)))
     if not len(train) or not len(held_out):
@@ -455,21 +454,6 @@ def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
     for rows, path in zip((train, held_out[spread]), files, strict=True):
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), context + 1)
         write_whole(pa.table({"text": column}).replace_schema_metadata(made_of), path, row_group_size=8192)
-
-
-def _are_written(files: Sequence[Path], made_of: Mapping[str, str]) -> bool:
-    if not all(path.exists() for path in files):
-        return False
-    for path in files:
-        try:
-            metadata = pq.read_schema(path).metadata or {}
-        except pa.ArrowException:
-            raise DataError(f"{path}: cannot be read as Parquet; delete it, and it is written again") from None
-        found = {name: metadata.get(name.encode(), b"nothing known").decode() for name in made_of}
-        if found != made_of:
-            held, wanted = (", ".join(f"{n}={v}" for n, v in values.items()) for values in (found, made_of))
-            raise DataError(f"{path} holds {held}, not {wanted}: give another folder, data=FOLDER, or delete this one")
-    return True
 
 
 def _documents(text: str) -> list[bytes]:

@@ -1,15 +1,18 @@
-"""Writing a job's own data: Parquet files that appear whole or not at all."""
+"""Writing a job's own data: Parquet files that appear whole or not at all, and that say what they were made of."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["write_whole"]
+from orchestrator.errors import DataError
+
+__all__ = ["are_written", "write_whole"]
 
 
 def write_whole(table: pa.Table, path: Path, *, row_group_size: int) -> None:
@@ -27,3 +30,23 @@ def write_whole(table: pa.Table, path: Path, *, row_group_size: int) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def are_written(files: Sequence[Path], made_of: Mapping[str, str]) -> bool:
+    """Whether all of ``files`` are there, each with ``made_of`` in its metadata.
+
+    Raises:
+        DataError: one is no Parquet file, or was made of something else.
+    """
+    if not all(path.exists() for path in files):
+        return False
+    for path in files:
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+        except pa.ArrowException:
+            raise DataError(f"{path}: cannot be read as Parquet; delete it, and it is written again") from None
+        found = {name: metadata.get(name.encode(), b"nothing known").decode() for name in made_of}
+        if found != made_of:
+            held, wanted = (", ".join(f"{n}={v}" for n, v in values.items()) for values in (found, made_of))
+            raise DataError(f"{path} holds {held}, not {wanted}: give another folder, data=FOLDER, or delete this one")
+    return True

@@ -172,6 +172,147 @@ def replay(
 
 
 @app.command()
+def tune(
+    job: JobArgument,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=RANGE", help="As in optimizer.learning_rate=loguniform(1e-4,1e-1)."),
+    ] = None,
+    range_test: Annotated[
+        bool, typer.Option(help="Only let the learning rate rise in one short run, and suggest one.")
+    ] = False,
+    trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 12,
+    metric: Annotated[str, typer.Option(metavar="NAME", help="What to compare by.")] = "loss",
+    optuna: Annotated[bool, typer.Option(help="Choose settings by what earlier trials found.")] = False,
+    arg: Args = None,
+    override: Overrides = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Search JOB's config for settings that work best, many runs at a time, and print them as a ready --set line."""
+    if range_test:
+        _range_test(job, tuple(arg or ()), tuple(override or ()), as_json)
+        return
+    from orchestrator.launching import tuning
+
+    request = tuning.TuneRequest(
+        job=job,
+        search=tuple(search or ()),
+        args=tuple(arg or ()),
+        overrides=tuple(override or ()),
+        trials=trials,
+        metric=metric,
+        optuna=optuna,
+        address=address,
+    )
+    with _display(as_json) as display:
+        tuned = tuning.tune(request, _Watcher(display))
+    if as_json:
+        rows = [asdict(trial) for trial in tuned.trials]
+        print(json.dumps({"folder": str(tuned.folder), "metric": metric, "set": tuned.set_line, "trials": rows}))
+        return
+    for trial in tuned.trials:
+        settings = "  ".join(f"{name}={value}" for name, value in trial.settings.items())
+        best = "no value" if trial.best is None else f"{metric} {trial.best:.4g}"
+        print(f"{best:<18} {trial.progress:5.0%}  {trial.state:<12} {settings}")
+    print(tuned.set_line)
+
+
+def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+    from orchestrator.job import load
+    from orchestrator.launching.preflight import prepare
+    from orchestrator.training.rate_range import range_test
+
+    loaded = load(job, args, overrides)
+    prepare(loaded)
+    found = range_test(loaded.task, loaded.config, low=1e-6, high=10.0, steps=160)
+    line = f"--set recipe.optimizer.learning_rate={found.suggested:.2g}"
+    if as_json:
+        print(json.dumps({**asdict(found), "set": line}))
+        return
+    for rate, loss in list(zip(found.rates, found.losses, strict=True))[::8]:
+        length = round(50 * loss / max(found.losses))
+        print(f"{rate:9.2g}  {loss:8.4g}  {'#' * length}")
+    print(line)
+
+
+@app.command()
+def compress(
+    run: RunArgument,
+    to: Annotated[
+        list[str] | None, typer.Option(metavar="WAY", help="A way to write it, as in onnx-int8; all.")
+    ] = None,
+    prune: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Also train a variant without this share of its weights.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(metavar="NAME", help="What goes: global, 2:4 or channels.")] = "global",
+    int8_aware: Annotated[bool, typer.Option(help="Also train a variant that knows of int8.")] = False,
+    student: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Also distil into the job's model with this argument."),
+    ] = None,
+    epochs: Annotated[float, typer.Option(metavar="N", help="Length of those trainings; 0: the recipe's.")] = 0.0,
+    calibrate: Annotated[int, typer.Option(metavar="N", help="Training samples that int8 finds its ranges on.")] = 256,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare by this metric; as a rule accuracy.")
+    ] = None,
+    max_size: Annotated[float | None, typer.Option(metavar="BYTES", help="Largest file.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(metavar="VALUE", help="Smallest value of the metric.")] = None,
+    max_latency: Annotated[float | None, typer.Option(metavar="S", help="Longest median call on one sample.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make RUN's model smaller in every way asked for, measure each, and show the best within a budget."""
+    from orchestrator.compression.report import Budget, report_lines
+    from orchestrator.launching import compressing
+
+    budget = Budget(max_size_bytes=max_size, min_accuracy=min_accuracy, max_latency_s=max_latency)
+    request = compressing.CompressRequest(
+        run=run,
+        paths=tuple(to or ()),
+        prune=prune,
+        pattern=pattern,
+        int8_aware=int8_aware,
+        student=tuple(student or ()),
+        epochs=epochs,
+        calibrate=calibrate,
+        metric=metric,
+        budget=budget,
+    )
+    with _display(as_json) as display:
+        done = compressing.compress(request, _Watcher(display))
+    if as_json:
+        chosen = done.chosen and done.chosen.to_dict()
+        rows = [entry.to_dict() for entry in done.entries]
+        print(json.dumps({"folder": str(done.folder), "quality": done.quality, "best": chosen, "entries": rows}))
+    else:
+        lines = report_lines(done.entries, done.quality, done.chosen, budget)
+        print("\n".join([*lines, f"drawn in {done.folder / 'report.html'}"]))
+    if budget != Budget() and done.chosen is None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[list[str] | None, typer.Option(metavar="WAY", help="As in torch, onnx, executorch-int8.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to; by default RUN/exported.")] = None,
+    calibrate: Annotated[int, typer.Option(metavar="N", help="Training samples that int8 finds its ranges on.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Write RUN's model as files that run without this project, and compare each with torch on real inputs."""
+    from orchestrator.launching import compressing
+
+    ways = to or ["torch", "onnx"]
+    entries = compressing.export(run, ways, Path(out) if out else None, calibrate=calibrate)
+    if as_json:
+        print(json.dumps([entry.to_dict() for entry in entries]))
+        return
+    for entry in entries:
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in entry.metrics.items())
+        print(f"{entry.file}  {entry.size_bytes:,} bytes  off by {entry.difference:.1e}  {metrics}")
+
+
+@app.command()
 def doctor(
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job to hold against what is here, as module:function.")

@@ -8,7 +8,8 @@ OrchestratorError                 exit code 1 unless said otherwise
 │   ├── ClusterError              no such cluster, or one too small
 │   ├── RunFolderError            folder unwritable, or it belongs to a different config
 │   ├── RunBusyError              another live process owns the run
-│   └── CheckpointError           a checkpoint that fails its checks
+│   ├── CheckpointError           a checkpoint that fails its checks
+│   └── ExportError               a model that a format or a method cannot take, or a package that is missing
 └── RunError                      the run started and then failed
     ├── NonFiniteLossError        loss or gradient became NaN or infinite
     ├── FencedError               a newer attempt owns the run's folder
@@ -29,6 +30,7 @@ __all__ = [
     "ClusterLostError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FencedError",
     "JobError",
     "NonFiniteLossError",
@@ -82,6 +84,10 @@ class RunBusyError(RequestError):
 
 class CheckpointError(RequestError):
     """A checkpoint is missing a file or fails its hashes."""
+
+
+class ExportError(RequestError):
+    """A model cannot be written in a format, or compressed as asked."""
 
 
 class RunError(OrchestratorError):

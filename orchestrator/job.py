@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Task", "load"]
+__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "load"]
 
 VERBS = ("datasets", "model", "loss", "metrics")
 TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
@@ -115,6 +115,20 @@ class Task(Protocol):
 
         ``model`` is in evaluation mode and no gradient is taken.
         """
+        ...
+
+
+@runtime_checkable
+class Summarizing(Protocol):
+    """What a task adds whose metrics are no means over samples, such as the area under a curve.
+
+    Its ``metrics`` may return rows, [samples, ...], of which means over the whole set are taken as well: counts and
+    histograms that say all about the set that the metric needs. One verb, because means over samples are what ranks
+    can add up exactly, however the set is split over them.
+    """
+
+    def summarize(self, means: Mapping[str, Tensor]) -> Mapping[str, float | Tensor]:
+        """Return the metrics, one number each, from the ``means`` (fp64) of what ``metrics`` returned."""
         ...
 
 

@@ -47,7 +47,23 @@ def test_the_version_is_a_release_number() -> None:
 
 
 OPTIONS = {
+    "compress": [
+        "--calibrate",
+        "--epochs",
+        "--int8-aware",
+        "--json",
+        "--max-latency",
+        "--max-size",
+        "--metric",
+        "--min-accuracy",
+        "--pattern",
+        "--prune",
+        "--student",
+        "--to",
+        "run",
+    ],
     "doctor": ["--address", "--folder", "--json", "job"],
+    "export": ["--calibrate", "--json", "--out", "--to", "run"],
     "explain": ["--json", "run"],
     "jobs": ["--address", "--json"],
     "logs": ["--address", "--follow", "--json", "run"],
@@ -97,6 +113,18 @@ OPTIONS = {
         "job",
     ],
     "wait": ["--address", "--json", "--timeout-s", "run"],
+    "tune": [
+        "--address",
+        "--arg",
+        "--json",
+        "--metric",
+        "--optuna",
+        "--range-test",
+        "--search",
+        "--set",
+        "--trials",
+        "job",
+    ],
 }
 
 

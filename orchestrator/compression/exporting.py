@@ -1,0 +1,276 @@
+"""Files that run without this project: torch.export, ONNX and ExecuTorch, each with its own int8.
+
+Every function writes one file and returns a module that runs it through that file's own runtime, so that what is
+measured afterwards is what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.measuring import Inputs
+from orchestrator.compression.quiet import quiet
+from orchestrator.errors import ExportError
+
+__all__ = ["need", "to_executorch", "to_executorch_int8", "to_onnx", "to_onnx_int8", "to_torch"]
+
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "executorch": ("executorch", "torchao"),
+    "int8": ("torchao",),
+}
+
+
+def need(what: str) -> None:
+    """Refuse where the packages for ``what`` are not installed.
+
+    Raises:
+        ExportError: names them and how to get them.
+    """
+    from importlib.util import find_spec
+
+    if missing := [name for name in PACKAGES.get(what, ()) if find_spec(name) is None]:
+        raise ExportError(f"{what} needs {', '.join(missing)}: pip install 'orchestrator[edge]'")
+
+
+# -- torch -------------------------------------------------------------------------------------
+
+
+def to_torch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
+    """Write ``model`` as an exported program: ``torch.export.load(path).module()`` runs it.
+
+    Raises:
+        ExportError: the model cannot be captured; the message names where.
+    """
+    program = _captured(model, inputs[0])
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # source lines: of a small model they are a fifth of the file
+    with quiet():
+        torch.export.save(program, path)
+        return torch.export.load(path).module()
+
+
+def _captured(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """The model as a graph, for any number of samples."""
+    samples = torch.export.Dim("samples", min=1)
+    shapes = tuple({0: samples} for _ in inputs)
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(
+                model, _several(inputs), dynamic_shapes=(shapes,) if _variadic(model) else shapes
+            )
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
+
+
+def _several(inputs: Inputs) -> Inputs:
+    """At least two samples: an example of one would fix the number at one."""
+    return inputs if len(inputs[0]) > 1 else tuple(torch.cat((value, value)) for value in inputs)
+
+
+def _variadic(model: nn.Module) -> bool:
+    return bool(model.forward.__code__.co_flags & 0x04) if hasattr(model.forward, "__code__") else False
+
+
+# -- ONNX --------------------------------------------------------------------------------------
+
+
+def to_onnx(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
+    """Write ``model`` as ONNX, by torch's exporter on top of ``torch.export``; onnxruntime runs it.
+
+    Raises:
+        ExportError: the model cannot be captured, or ONNX has no operator for a part of it, which is named.
+    """
+    need("onnx")
+    program = _captured(model, inputs[0])
+    try:
+        with quiet():
+            written = torch.onnx.export(program, dynamo=True, optimize=True, external_data=False, verbose=False)
+            assert written is not None
+            written.save(path)
+            _strip(path)
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {_reason(error)}") from error
+    return OnnxModule(path)
+
+
+def _strip(path: Path) -> None:
+    """Drop the source lines that the exporter notes at every node: of a small model they are a third of the file."""
+    import onnx
+
+    model = onnx.load(path)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, path)
+
+
+def to_onnx_int8(source: Path, inputs: Sequence[Inputs], path: Path) -> nn.Module:
+    """Write an int8 version of the ONNX file ``source``: weights per channel, activations calibrated on ``inputs``.
+
+    Raises:
+        ExportError: there is nothing to calibrate on.
+    """
+    need("onnx")
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static, shape_inference
+
+    _require_samples(inputs)
+    prepared = path.with_suffix(".prepared.onnx")
+    with quiet():
+        shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(path),
+            _Calibration(prepared, inputs),
+            quant_format=QuantFormat.QDQ,
+            # Products with weights alone: rounding what norms, softmax and residual sums pass on costs a GPT two fifths
+            # of its accuracy, and saves nothing.
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            extra_options={"MatMulConstBOnly": True},
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+    prepared.unlink()
+    return OnnxModule(path)
+
+
+class OnnxModule(nn.Module):
+    """Runs an ONNX file with onnxruntime on the CPU, with as many threads as torch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the file's first output."""
+        feed = {name: value.numpy() for name, value in zip(self._names, inputs, strict=True)}
+        return torch.from_numpy(self._session.run(None, feed)[0])
+
+
+class _Calibration:
+    """onnxruntime's reader of calibration data: one dict of arrays after another, then None."""
+
+    def __init__(self, path: Path, inputs: Sequence[Inputs]) -> None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        self._feeds = iter([{n: np.asarray(v) for n, v in zip(names, args, strict=True)} for args in inputs])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._feeds, None)
+
+
+# -- ExecuTorch --------------------------------------------------------------------------------
+
+
+def to_executorch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
+    """Write ``model`` for ExecuTorch with XNNPACK, for one sample at a time, as devices at the edge see them.
+
+    Raises:
+        ExportError: the model cannot be captured or lowered.
+    """
+    need("executorch")
+    return _lowered(model, _fixed(model, _alone(inputs[0], 0)), path)
+
+
+def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
+    """The same in int8, calibrated on ``inputs``: XNNPACK's own quantizer, weights per channel, activations static.
+
+    Raises:
+        ExportError: the model cannot be captured or lowered, or there is nothing to calibrate on.
+    """
+    need("executorch")
+    _require_samples(inputs)
+    with quiet():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    first = _alone(inputs[0], 0)
+    captured = _fixed(model, first).module()
+    with quiet(), torch.no_grad():
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        prepared = prepare_pt2e(captured, quantizer)
+        for args in inputs:
+            for index in range(len(args[0])):
+                prepared(*_alone(args, index))
+        quantized = convert_pt2e(prepared)
+    return _lowered(model, _fixed(quantized, first), path)
+
+
+def _alone(inputs: Inputs, index: int) -> Inputs:
+    return tuple(value[index : index + 1].clone(memory_format=torch.contiguous_format) for value in inputs)
+
+
+def _fixed(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(model, inputs)
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
+
+
+def _lowered(model: nn.Module, program: torch.export.ExportedProgram, path: Path) -> nn.Module:
+    with quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+    try:
+        with quiet():
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be lowered to ExecuTorch: {_reason(error)}") from error
+    path.write_bytes(lowered.buffer)
+    return ExecuTorchModule(path)
+
+
+class ExecuTorchModule(nn.Module):
+    """Runs an ExecuTorch file, sample by sample."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        with quiet():
+            from executorch.runtime import Runtime, Verification
+
+            self._program = Runtime.get().load_program(path, verification=Verification.Minimal)
+            self._method = self._program.load_method("forward")
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the file's first output, for any number of samples."""
+        # The runtime uses the memory of an output again.
+        found = [self._method.execute(_alone(inputs, index))[0].clone() for index in range(len(inputs[0]))]
+        return torch.cat(found)
+
+
+def _require_samples(inputs: Sequence[Inputs]) -> None:
+    if not inputs:
+        raise ExportError("int8 needs samples to calibrate on: give at least one, as in --calibrate 256")
+
+
+# -- what they share ---------------------------------------------------------------------------
+
+
+def _reason(error: Exception) -> str:
+    """The line of a long message that says what was wrong: the last cause's, with the operator if it is named."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,304 @@
+"""What `tune` does: runs of a job with other settings, many at a time, the poor ones ended early.
+
+Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all trials run to a ninth of their length, the best
+third of them to a third, the best third of those to the end. A trial that is left is not killed: it saves and stops as
+any run does, and gives back what it held. Ray Tune places the trials of a round and, with Optuna, chooses settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, RunFolderError
+from orchestrator.job import load
+from orchestrator.launching import driver
+from orchestrator.launching.cluster import RayCluster, address_of
+from orchestrator.launching.preflight import RunRequest, prepare, run_root
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.search_space import Range, parse_search
+from orchestrator.storage.folder import RunFolder, read_json, write_json
+
+__all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
+
+GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision")
+"""Beginnings of metrics that grow as a model gets better."""
+FACTOR = 3
+SHARES = (1 / 9, 1 / 3, 1.0)
+"""Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What the command line asks for."""
+
+    job: str
+    search: tuple[str, ...]
+    args: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    trials: int = 12
+    metric: str = "loss"
+    optuna: bool = False
+    address: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search: what was set, how far it came, and the best of the metric on the way."""
+
+    name: str
+    settings: Mapping[str, str]
+    state: str
+    progress: float
+    best: float | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a search; ``trials`` from best to worst."""
+
+    folder: Path
+    metric: str
+    grows: bool
+    trials: tuple[Trial, ...]
+    together: int
+
+    @property
+    def set_line(self) -> str:
+        """What the best trial was, ready for the command line."""
+        return " ".join(f"--set {name}={value}" for name, value in self.trials[0].settings.items())
+
+
+def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
+    """Try ``request.trials`` settings by successive halving; the same command again goes on after a crash.
+
+    Every trial is a run like any other, in ``<checkpoint.uri>/tune-<name>/runs/<trial>``: its checkpoints let it go on.
+
+    Raises:
+        RequestError: the job, the search space, the metric or the cluster does not allow it; nothing was started.
+    """
+    job = load(request.job, request.args, request.overrides)
+    ranges = parse_search(request.search, job.config)
+    if request.trials < 2:
+        raise ConfigError(f"trials={request.trials}: give 2 at least")
+    if request.optuna:
+        _need_optuna()
+    prepare(job)
+    folder = run_root(job.config).with_name(f"tune-{job.config.name}")
+    _same_search(request, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "search.json", _identity(request))
+    with RayCluster.connect(address_of(request.address), log=folder / "ray.log") as cluster:
+        together = _together(job.config, cluster.shape)
+        listener.note(f"{request.trials} trials, {together} at a time, in {folder}")
+        _fit(request, ranges, folder, together)
+    grows = request.metric.startswith(GROWING)
+    trials = _trials(folder, request.metric, grows)
+    if not trials or trials[0].best is None:
+        raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
+    return Tuned(folder, request.metric, grows, trials, together)
+
+
+def _need_optuna() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("optuna") is None:
+        raise ConfigError("--optuna needs the package optuna: pip install 'orchestrator[search]'")
+
+
+def _identity(request: TuneRequest) -> dict[str, Any]:
+    return {
+        "job": request.job,
+        "args": sorted(request.args),
+        "overrides": sorted(request.overrides),
+        "search": list(request.search),
+        "trials": request.trials,
+        "metric": request.metric,
+    }
+
+
+def _same_search(request: TuneRequest, folder: Path) -> None:
+    old = read_json(folder / "search.json")
+    if old is not None and old != _identity(request):
+        raise RunFolderError(
+            f"{folder} holds another search ({' '.join(old['search'])}, {old['trials']} trials by {old['metric']}): "
+            "give this one another name with --set name=..., or move that folder away"
+        )
+
+
+def _together(config: RunConfig, shape: ClusterShape) -> int:
+    """How many runs the cluster holds side by side."""
+    workers = config.scale.workers if isinstance(config.scale.workers, int) else config.scale.workers[0]
+    each = workers * config.scale.cpus_per_worker
+    by_cpu = math.floor(shape.cpus / each)
+    found = min(by_cpu, shape.accelerators // workers) if shape.accelerators else by_cpu
+    if found < 1:
+        raise ClusterError(f"a trial takes {each:g} CPUs and the cluster has {shape.cpus:g}: lower scale.workers")
+    return found
+
+
+def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
+    """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
+    grows = request.metric.startswith(GROWING)
+    names = _first_round(request, ranges, folder, together)
+    for share in SHARES:
+        due = [name for name in names if _reached(folder, name) < share]
+        if due:
+            trials = [{"name": name, "settings": read_json(folder / "settings" / f"{name}.json")} for name in due]
+            _round(request, folder, {"trial": _grid(trials)}, share, together)
+        order = [trial.name for trial in _trials(folder, request.metric, grows) if trial.best is not None]
+        names = [name for name in order if name in names][: max(1, math.ceil(len(names) / FACTOR))]
+
+
+def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> list[str]:
+    """Names of all trials, whose settings are written down: drawn at once, or one after another by Optuna."""
+    (folder / "settings").mkdir(exist_ok=True)
+    known = sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    if request.optuna and len(known) < request.trials:
+        _round(request, folder, {"settings": {r.field: _domain(r) for r in ranges}}, SHARES[0], together, len(known))
+    elif not known:
+        source = random.Random(request.seed)
+        for index in range(request.trials):
+            drawn = {found.field: found.draw(source) for found in ranges}
+            write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
+    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+
+
+def _round(
+    request: TuneRequest, folder: Path, space: dict[str, Any], share: float, together: int, known: int = 0
+) -> None:
+    """Run trials to ``share`` of their length: those in ``space``, or, with Optuna, as many as are missing."""
+    from ray import tune as ray_tune
+
+    def trial(chosen: dict[str, Any]) -> None:
+        run_trial(request, folder, chosen.get("trial", chosen), share)
+
+    searches = request.optuna and "settings" in space
+    tuner = ray_tune.Tuner(
+        # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
+        ray_tune.with_resources(trial, {"memory": 1}),
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            metric="value",
+            mode="max" if request.metric.startswith(GROWING) else "min",
+            num_samples=request.trials - known if searches else 1,
+            max_concurrent_trials=together,
+            search_alg=_optuna(request.seed) if searches else None,
+        ),
+        run_config=ray_tune.RunConfig(name=f"round-{share:.3f}", storage_path=str(folder / "ray"), verbose=0),
+    )
+    tuner.fit()
+
+
+def _grid(trials: list[dict[str, Any]]) -> Any:
+    from ray import tune as ray_tune
+
+    return ray_tune.grid_search(trials)
+
+
+def _reached(folder: Path, name: str) -> float:
+    """How far a trial has come, as a share of its length; one that failed is done."""
+    if (folder / "settings" / f"{name}.failed.json").exists():
+        return 1.0
+    summary = read_json(folder / "runs" / name / "summary.json") or {}
+    return 1.0 if summary.get("state") == "finished" else _progress(folder / "runs" / name)
+
+
+def _progress(root: Path) -> float:
+    records, plan = _lines(root / "evaluations.jsonl"), read_json(root / "plan.json") or {}
+    return min(1.0, records[-1]["progress"] / plan["length"]) if records and plan.get("length") else 0.0
+
+
+def _domain(found: Range) -> Any:
+    """A range as Ray Tune, and Optuna through it, has it."""
+    from ray import tune as ray_tune
+
+    if found.kind == "choice":
+        return ray_tune.choice(list(found.values))
+    low, high = found.bounds
+    if found.kind == "randint":
+        return ray_tune.randint(round(low), round(high) + 1)
+    return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
+
+
+def _optuna(seed: int) -> Any:
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(seed=seed)
+
+
+def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], share: float) -> None:
+    """Run a trial on to ``share`` of its length, in the process that Ray Tune gave it, and report its last value."""
+    from ray import tune as ray_tune
+
+    name = chosen.get("name") or f"trial-{ray_tune.get_context().get_trial_id().replace('_', '-')}"
+    settings = {field: _text(value) for field, value in chosen["settings"].items()}
+    write_json(folder / "settings" / f"{name}.json", settings)
+    overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
+    overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
+    pause = _Pause(RunFolder(folder / "runs" / name), share)
+    try:
+        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto"), pause)
+    except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
+        write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
+    values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
+    worst = -math.inf if request.metric.startswith(GROWING) else math.inf
+    ray_tune.report({"value": values[-1] if values else worst})
+
+
+class _Pause:
+    """Listens to a trial and asks it to save and stop once an evaluation lies past its share of the length."""
+
+    def __init__(self, folder: RunFolder, share: float) -> None:
+        self.folder = folder
+        self._share = share
+
+    def planned(self, plan: Plan, _: Path) -> None:
+        self._length = float(plan.length or math.inf)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        if self._share < 1.0 and record["progress"] >= self._share * self._length:
+            self.folder.stop_request.touch()
+
+    def step(self, record: Mapping[str, Any]) -> None: ...
+    def decision(self, record: Mapping[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
+    """What the runs wrote down themselves, from best to worst; those that measured nothing last."""
+    found = []
+    for path in sorted((folder / "settings").glob("trial-*.json")):
+        if path.stem.endswith(".failed"):
+            continue
+        root = folder / "runs" / path.stem
+        values = [r["metrics"][metric] for r in _lines(root / "evaluations.jsonl") if metric in r["metrics"]]
+        summary = read_json(root / "summary.json") or {}
+        failed = path.with_name(f"{path.stem}.failed.json").exists()
+        state = "failed" if failed else "finished" if summary.get("state") == "finished" else "ended early"
+        best = (max if grows else min)(values, default=None)
+        found.append(Trial(path.stem, read_json(path) or {}, state, _progress(root), best))
+    sign = -1.0 if grows else 1.0
+    return tuple(sorted(found, key=lambda trial: math.inf if trial.best is None else sign * trial.best))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _why(folder: Path) -> str:
+    for path in sorted((folder / "settings").glob("*.failed.json")):
+        return f"the first that failed said: {(read_json(path) or {}).get('error')}"
+    return "the job has no such metric, or no evaluation data"

@@ -1,0 +1,86 @@
+"""What a search may vary: config fields with a range each, read from text, checked, and drawn from."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.config import RunConfig, apply_overrides
+from orchestrator.errors import ConfigError
+
+__all__ = ["Range", "parse_search"]
+
+FORM = re.compile(r"(?P<kind>loguniform|uniform|randint|choice)\((?P<body>[^()]+)\)")
+EXAMPLES = "loguniform(1e-4,1e-1), uniform(0,0.3), randint(16,256) or choice(sgd,adamw)"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a field may take: between ``values[0]`` and ``values[1]``, or, for a choice, any of ``values``."""
+
+    field: str
+    kind: Literal["loguniform", "uniform", "randint", "choice"]
+    values: tuple[str, ...]
+
+    def draw(self, source: random.Random) -> str:
+        """Return a value as ``--set`` takes it: even on a logarithmic or linear scale, or among the choices."""
+        if self.kind == "choice":
+            return source.choice(self.values)
+        low, high = self.bounds
+        if self.kind == "randint":
+            return str(source.randint(round(low), round(high)))
+        if self.kind == "loguniform":
+            return f"{math.exp(source.uniform(math.log(low), math.log(high))):.6g}"
+        return f"{source.uniform(low, high):.6g}"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest value of a range that is no choice."""
+        return float(self.values[0]), float(self.values[1])
+
+
+def parse_search(texts: Sequence[str], config: RunConfig) -> tuple[Range, ...]:
+    """Read ``field=loguniform(1e-4,1e-1)`` and the like; ``optimizer.learning_rate`` means the recipe's.
+
+    Both ends of each range, and every choice, are tried in ``config``: a search must not fail at its tenth trial.
+
+    Raises:
+        ConfigError: nothing to search, a text of another form, an unknown field, or a value that the field refuses.
+    """
+    if not texts:
+        raise ConfigError(f"nothing to search: give --search FIELD=RANGE, with a range such as {EXAMPLES}")
+    ranges = tuple(_parsed(text) for text in texts)
+    if len({found.field for found in ranges}) < len(ranges):
+        raise ConfigError("a field is given two ranges: keep one")
+    for found in ranges:
+        for value in found.values:
+            apply_overrides(config, [f"{found.field}={value}"])
+    return ranges
+
+
+def _parsed(text: str) -> Range:
+    field, equals, rest = text.partition("=")
+    match = FORM.fullmatch(rest.replace(" ", ""))
+    if not equals or not match:
+        raise ConfigError(f"--search {text!r}: write it as FIELD=RANGE, with a range such as {EXAMPLES}")
+    kind, values = match["kind"], tuple(match["body"].split(","))
+    name = field.strip()
+    if name.startswith(("optimizer.", "schedule.", "penalties.")):
+        name = f"recipe.{name}"
+    if kind != "choice":
+        _check_bounds(text, kind, values)
+    return Range(name, kind, values)  # type: ignore[arg-type]
+
+
+def _check_bounds(text: str, kind: str, values: tuple[str, ...]) -> None:
+    try:
+        low, high = (float(value) for value in values)
+    except ValueError:
+        raise ConfigError(f"--search {text!r}: {kind} takes two numbers, as in {EXAMPLES}") from None
+    if not low < high or (kind == "loguniform" and low <= 0):
+        rising = "two rising numbers above 0" if kind == "loguniform" else "two rising numbers"
+        raise ConfigError(f"--search {text!r}: {kind} takes {rising}")

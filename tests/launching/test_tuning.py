@@ -1,0 +1,86 @@
+"""`tune`: what is refused before anything starts, and a small search on a real cluster, continued after a crash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import TIMEOUT_S, environment
+
+from orchestrator.config import ScaleConfig
+from orchestrator.errors import ClusterError
+from orchestrator.launching.tuning import Trial, Tuned, _together
+from orchestrator.planning.cluster import ClusterShape
+
+MLP = "jobs.vision:mlp"
+RATE = "optimizer.learning_rate=loguniform(1e-5,1e-1)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to search: give --search FIELD=RANGE"),
+        (["--search", "optimizer.learning_rate=0.1"], "write it as FIELD=RANGE"),
+        (["--search", "recipe.bach=randint(8,64)"], "did you mean 'batch'"),
+        (["--search", RATE, "--trials", "1"], "trials=1: give 2 at least"),
+    ],
+    ids=["nothing", "no-range", "unknown-field", "one-trial"],
+)
+def test_what_is_refused(refuse: Callable[..., str], tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in refuse("tune", MLP, *arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_as_many_run_together_as_the_cluster_holds() -> None:
+    from jobs.vision import mlp
+
+    config = mlp(workers=2).config
+    assert _together(config, ClusterShape(nodes=1, cpus=9)) == 4
+    assert _together(config, ClusterShape(nodes=2, cpus=64, accelerators=8, accelerator="H100")) == 4
+    wide = config.model_copy(update={"scale": ScaleConfig(workers=2, cpus_per_worker=8)})
+    with pytest.raises(ClusterError, match=r"a trial takes 16 CPUs and the cluster has 9: lower scale.workers"):
+        _together(wide, ClusterShape(nodes=1, cpus=9))
+
+
+def test_the_line_to_set_is_the_best_trials() -> None:
+    trials = tuple(Trial(f"t{n}", {"recipe.batch": str(n), "seed": "1"}, "finished", 1.0, float(n)) for n in (3, 5))
+    assert Tuned(Path(), "loss", False, trials, 2).set_line == "--set recipe.batch=3 --set seed=1"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_finds_a_rate_that_works_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "orchestrator", "tune", MLP, "--search", RATE, "--trials", "4", "--json"]
+    words += ["--metric", "accuracy", "--arg", "workers=1", "--arg", "epochs=3", "--set", "policy.name=fixed"]
+    words += ["--set", "evaluation.every_epochs=1"]
+
+    def tune() -> dict[str, object]:
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=2 * TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    found = tune()
+    trials = found["trials"]
+    assert isinstance(trials, list)
+    assert len(trials) == 4
+    best = [trial["best"] for trial in trials if trial["best"] is not None]
+    assert best == sorted(best, reverse=True)
+    assert best[0] > 0.8
+    assert (
+        found["set"]
+        == f"--set recipe.optimizer.learning_rate={trials[0]['settings']['recipe.optimizer.learning_rate']}"
+    )
+    again = tune()
+    assert again["trials"] == trials  # nothing was left to do, and nothing was done twice
