@@ -464,7 +464,7 @@ class CheckpointConfig(Part):
     uri: str = "runs"
     """Folder that holds the folders of runs; a relative one starts at the working directory."""
     interval_s: PositiveFloat | Auto = 60.0
-    """Seconds between checkpoints; auto: what loses the least, by what a save costs and how often the run has failed."""
+    """Seconds between checkpoints; auto: what loses the least, by the cost of a save and the failures so far."""
     interval_steps: PositiveInt | None = None
     """Also save every so many optimizer steps."""
     keep: PositiveInt = 2

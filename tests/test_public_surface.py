@@ -62,11 +62,13 @@ OPTIONS = {
         "--to",
         "run",
     ],
+    "dashboards": ["--json", "--output"],
     "doctor": ["--address", "--folder", "--json", "job"],
     "export": ["--calibrate", "--json", "--out", "--to", "run"],
     "explain": ["--json", "run"],
     "jobs": ["--address", "--json"],
     "logs": ["--address", "--follow", "--json", "run"],
+    "monitor": [],
     "plan": [
         "--accelerator",
         "--address",
