@@ -470,7 +470,7 @@ class CheckpointConfig(Part):
     keep: PositiveInt = 2
     """How many checkpoints are kept."""
     best: str | None = None
-    """Save when this metric is better than ever, and keep that checkpoint too: accuracy:max or loss:min, for example."""
+    """Save when this metric is better than ever, and keep that checkpoint too: accuracy:max or loss:min, say."""
 
     @field_validator("best")
     @classmethod

@@ -32,9 +32,9 @@ from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
-from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.telemetry.hub import Board
 from orchestrator.telemetry.publisher import Publisher
+from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import Stream, open_dataset
 from orchestrator.training.engine import Engine
