@@ -6,9 +6,9 @@
 Both sides train the ResNet of ``jobs.vision:digits`` on two gloo workers of this machine, at a fixed batch. With
 telemetry the parts of each step are timed and recorded, and each worker's thread sends a snapshot a second to a real
 hub actor on this machine, which is scraped every five seconds; without it (``telemetry.enabled=false``) none of that
-is there but the idle hub. Runs take turns in one group of workers: A B, B A; they are short, so that both of a pair meet
-the same machine. A run's figures are the mean and the median time of its steps, by the records' times, after the first
-20: what happens once a second shows in the mean only. Wanted: a median of the pairs' ratios of at least 0.99.
+is there but the idle hub. Runs take turns in one group of workers: A B, B A; they are short, so that both of a pair
+meet the same machine. A run's figures are the mean and the median time of its steps, by the records' times, after the
+first 20: what happens once a second shows in the mean only. Wanted: a median of the pairs' ratios of at least 0.99.
 """
 
 from __future__ import annotations
@@ -121,9 +121,12 @@ def _steps_s(folder: Path) -> list[float]:
 
 def report(pairs: list[dict[str, list[float]]], options: argparse.Namespace) -> str:
     """Return the result as Markdown."""
-    said = [
+    head = (
         f"# What telemetry costs\n\n{datetime.now(UTC).date()}. {len(os.sched_getaffinity(0))} cores.\n\n"
-        f"`python benchmarks/telemetry.py --pairs {options.pairs} --steps {options.steps} --width {options.width}`\n",
+        f"`python benchmarks/telemetry.py --pairs {options.pairs} --steps {options.steps} --width {options.width}`\n"
+    )
+    said = [
+        head,
         "| of a run | with, ms/step | without, ms/step | ratio of samples/s, median of pairs | quartiles |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
