@@ -47,8 +47,12 @@ def test_the_version_is_a_release_number() -> None:
 
 
 OPTIONS = {
+    "dashboards": ["--json", "--output"],
     "doctor": ["--address", "--folder", "--json", "job"],
     "explain": ["--json", "run"],
+    "metrics": ["--json", "--markdown"],
+    "monitor down": ["--folder", "--json"],
+    "monitor up": ["--folder", "--json", "--port"],
     "plan": ["--address", "--arg", "--json", "--set", "job"],
     "replay": ["--json", "--policy", "--set", "run"],
     "run": [
@@ -69,7 +73,9 @@ def test_the_commands_and_their_options_are_these() -> None:
 
     from orchestrator.cli import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    monitor = commands.pop("monitor").commands
+    commands |= {f"monitor {name}": command for name, command in monitor.items()}
     found = {
         name: sorted(
             parameter.name if parameter.param_type_name == "argument" else parameter.opts[0]
