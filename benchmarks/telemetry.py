@@ -121,9 +121,12 @@ def _steps_s(folder: Path) -> list[float]:
 
 def report(pairs: list[dict[str, list[float]]], options: argparse.Namespace) -> str:
     """Return the result as Markdown."""
+    head = (
+        f"# What telemetry costs\n\n{datetime.now(UTC).date()}. {len(os.sched_getaffinity(0))} cores.\n\n"
+        f"`python benchmarks/telemetry.py --pairs {options.pairs} --steps {options.steps} --width {options.width}`\n"
+    )
     said = [
-        f"# What telemetry costs\n\n{datetime.now(UTC).date()}. {len(os.sched_getaffinity(0))} cores.\n",
-        f"`python benchmarks/telemetry.py --pairs {options.pairs} --steps {options.steps} --width {options.width}`\n",
+        head,
         "| of a run | with, ms/step | without, ms/step | ratio of samples/s, median of pairs | quartiles |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]

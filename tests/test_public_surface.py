@@ -68,7 +68,9 @@ OPTIONS = {
     "explain": ["--json", "run"],
     "jobs": ["--address", "--json"],
     "logs": ["--address", "--follow", "--json", "run"],
-    "monitor": [],
+    "metrics": ["--json", "--markdown"],
+    "monitor down": ["--folder", "--json"],
+    "monitor up": ["--folder", "--json", "--port"],
     "plan": [
         "--accelerator",
         "--address",
@@ -135,7 +137,9 @@ def test_the_commands_and_their_options_are_these() -> None:
 
     from orchestrator.cli import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    monitor = commands.pop("monitor").commands
+    commands |= {f"monitor {name}": command for name, command in monitor.items()}
     found = {
         name: sorted(
             parameter.name if parameter.param_type_name == "argument" else parameter.opts[0]

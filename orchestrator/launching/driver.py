@@ -37,6 +37,7 @@ from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.telemetry.accounting import account
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.training.checkpoint import list_checkpoints
@@ -333,6 +334,7 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
     last = outcome.get("last") or {}
     existing = list_checkpoints(folder.checkpoints)
     train_time_s = last.get("train_time_s") or 0.0
+    found = account(read(folder.attempts), read(folder.metrics))
     summary = {
         "name": config.name,
         "state": outcome["state"],
@@ -344,6 +346,8 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "metrics": last.get("evaluation") or {},
         "samples_per_s": last["samples"] / train_time_s if train_time_s else None,
         "wall_s": time.monotonic() - started,
+        "goodput_ratio": found.goodput_ratio(found.last),
+        "lost_s": dict(found.lost_s),
         "checkpoint": str(existing[-1]) if existing else None,
         "folder": str(folder.root),
         "report": str(folder.report),

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from orchestrator.telemetry.rules import prometheus_config, rules_file
 
 __all__ = ["Monitor", "cluster_files", "down", "monitor_folder", "up", "write_cluster_files"]
 
-CONFIG = "prometheus/prometheus.yml"
+CONFIG, NOTE, LOG = "prometheus/prometheus.yml", "monitor.json", "prometheus.log"
 READY_S, STOP_S = 30.0, 10.0
 DISCOVERED = "/tmp/orchestrator/targets"
 """Where the committed configuration looks for hubs; ``monitor up`` puts this user's own folder instead."""
@@ -87,10 +86,10 @@ def up(folder: Path, *, port: int) -> Monitor:
         needed.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_cluster_files(folder)
     write_text(folder / CONFIG, prometheus_config(targets=str(targets), rules="rules.yml"))
-    process = _start(program, folder, port)
-    found = Monitor(process.pid, psutil.Process(process.pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
-    write_json(folder / "monitor.json", vars(found))
-    _wait_until_ready(process, found)
+    pid = _start(program, folder, port)
+    found = Monitor(pid, psutil.Process(pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
+    write_json(folder / NOTE, vars(found))
+    _wait_until_ready(found)
     return found
 
 
@@ -109,20 +108,22 @@ def down(folder: Path) -> Monitor:
         process.wait(STOP_S)
     except psutil.TimeoutExpired:
         process.kill()
-    (folder / "monitor.json").unlink(missing_ok=True)
+    (folder / NOTE).unlink(missing_ok=True)
     return running
 
 
 def _running(folder: Path) -> Monitor | None:
-    noted: dict[str, Any] | None = read_json(folder / "monitor.json")
-    if noted is None:
-        return None
-    found = Monitor(**noted)
+    noted: dict[str, Any] | None = read_json(folder / NOTE)
+    found = None if noted is None else Monitor(**noted)
+    return found if found is not None and _alive(found) else None
+
+
+def _alive(monitor: Monitor) -> bool:
     try:
-        alive = psutil.Process(found.pid).create_time() == found.started
+        process = psutil.Process(monitor.pid)
+        return process.create_time() == monitor.started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return None
-    return found if alive else None
+        return False
 
 
 def _require_free(port: int) -> None:
@@ -134,7 +135,8 @@ def _require_free(port: int) -> None:
             raise RequestError(f"port {port} is taken: choose another with --port") from None
 
 
-def _start(program: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
+def _start(program: str, folder: Path, port: int) -> int:
+    """Start it in a session of its own: it outlives this command. Returns its process id."""
     options = {
         "config.file": folder / CONFIG,
         "storage.tsdb.path": folder / "data",
@@ -142,24 +144,26 @@ def _start(program: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
         "web.listen-address": f"127.0.0.1:{port}",
     }
     command = [program, *(f"--{name}={value}" for name, value in options.items())]
-    with (folder / "prometheus.log").open("ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
-        )
+    log, appending = str(folder / LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    files = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, log, appending, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    return os.posix_spawn(program, command, os.environ, file_actions=files, setsid=True)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], monitor: Monitor) -> None:
+def _wait_until_ready(monitor: Monitor) -> None:
     deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and _alive(monitor):
         try:
             with urllib.request.urlopen(f"{monitor.url}/-/ready", timeout=1.0):
                 return
         except OSError:
             time.sleep(0.1)
-    log = Path(monitor.folder) / "prometheus.log"
-    last = log.read_text(errors="replace").strip().splitlines()[-3:]
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGTERM)
-        process.wait()
-    (Path(monitor.folder) / "monitor.json").unlink(missing_ok=True)
-    raise ClusterError("Prometheus does not become ready: " + " / ".join(last) + f"; its log is {log}")
+    folder = Path(monitor.folder)
+    last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-3:]
+    if _alive(monitor):
+        os.kill(monitor.pid, signal.SIGTERM)
+    (folder / NOTE).unlink(missing_ok=True)
+    raise ClusterError("Prometheus does not become ready: " + " / ".join(last) + f"; its log is {folder / LOG}")

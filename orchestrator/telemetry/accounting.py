@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Account", "account", "useful_s"]
+from orchestrator.telemetry.metrics import PARTS
+
+__all__ = ["Account", "account", "time_by_part", "useful_s"]
 
 USEFUL = ("forward", "backward", "communication", "optimizer")
 NAMED = ("data_wait", "checkpoint", "evaluation")
@@ -55,19 +57,19 @@ class Account:
             return self
         gap = max(0.0, record["time"] - self.last)
         useful = min(gap, useful_s(record))
-        parts = record.get("parts") or {}
-        taken = (
-            self.losing("skipped", useful) if record.get("skipped") else replace(self, useful_s=self.useful_s + useful)
-        )
-        left = gap - useful
-        if not self.starting:
+        lost, left = dict(self.lost_s), gap - useful
+        counts = not record.get("skipped")
+        if not counts:
+            _add(lost, "skipped", useful)
+        if not self.starting and (parts := record.get("parts")):
             for part in NAMED:
-                taken, left = (
-                    taken.losing(part, min(left, parts.get(part, 0.0))),
-                    left - min(left, parts.get(part, 0.0)),
-                )
+                _add(lost, part, named := min(left, parts.get(part, 0.0)))
+                left -= named
+        _add(lost, "startup" if self.starting else "other", left)
         return replace(
-            taken.losing("startup" if self.starting else "other", left),
+            self,
+            useful_s=self.useful_s + useful * counts,
+            lost_s=lost,
             last=max(self.last, record["time"]),
             step=record["step"],
             starting=False,
@@ -81,9 +83,10 @@ class Account:
         return replace(self.losing(cause, now - self.last), last=max(now, self.last))
 
     def losing(self, cause: str, seconds: float) -> Account:
-        if seconds <= 0:
-            return self
-        return replace(self, lost_s={**self.lost_s, cause: self.lost_s.get(cause, 0.0) + seconds})
+        """With so much time lost by ``cause``."""
+        lost = dict(self.lost_s)
+        _add(lost, cause, seconds)
+        return replace(self, lost_s=lost)
 
 
 def account(attempts: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[str, Any]]) -> Account:
@@ -95,7 +98,21 @@ def account(attempts: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[str
     return found
 
 
+def time_by_part(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of the wall time between steps by part, as rank 0 saw them; empty where they were not timed."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for record in metrics:
+        for part, seconds in (record.get("parts") or {}).items():
+            found[part] = found.get(part, 0.0) + seconds
+    return {part: seconds for part, seconds in found.items() if seconds > 0}
+
+
 def useful_s(record: Mapping[str, Any]) -> float:
     """Seconds of a step that moved it on: what was measured in parts, else the step's own time."""
     parts = record.get("parts")
     return sum(parts.get(part, 0.0) for part in USEFUL) if parts else float(record["step_time_s"])
+
+
+def _add(lost: dict[str, float], cause: str, seconds: float) -> None:
+    if seconds > 0:
+        lost[cause] = lost.get(cause, 0.0) + seconds

@@ -138,6 +138,7 @@ def summary(result: Mapping[str, Any]) -> str:
     rows.append(("steps", f"{human.count(result['step'])} ({human.count(result['samples'])} samples)"))
     speed = human.rate(result.get("samples_per_s"), "samples")
     rows.append(("speed", f"{speed}, {human.duration(result.get('wall_s'))} in all"))
+    rows += _useful(result)
     rows.append(("checkpoint", human.printable(result.get("checkpoint") or "none")))
     if folder := result.get("folder"):
         rows.append(("metrics", human.printable(PurePath(folder) / "metrics.jsonl")))
@@ -145,6 +146,15 @@ def summary(result: Mapping[str, Any]) -> str:
     wide = max(len(label) for label, _ in rows)
     head = f"{human.printable(result['name'])}: {human.printable(result['state'])}"
     return "\n".join([head, *(f"  {label:<{wide}}  {text}" for label, text in rows)])
+
+
+def _useful(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What share of the wall time became steps that count, and what took the most of the rest."""
+    if (ratio := result.get("goodput_ratio")) is None:
+        return []
+    lost = sorted((result.get("lost_s") or {}).items(), key=lambda item: -item[1])
+    rest = ", ".join(f"{cause.replace('_', ' ')} {human.duration(seconds)}" for cause, seconds in lost[:3])
+    return [("goodput", f"{100 * ratio:.0f} % of the wall time" + (f"; lost: {rest}" if rest else ""))]
 
 
 class Display:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from orchestrator.errors import RunFolderError, explain_oserror
 from orchestrator.telemetry import human, records
+from orchestrator.telemetry.accounting import account, time_by_part
 from orchestrator.telemetry.charts import Chart, Curve, Marker, Point, draw, smooth
 from orchestrator.telemetry.page import page
 from orchestrator.telemetry.story import decisions_told
@@ -68,6 +69,7 @@ def render(run: RunData) -> str:
         f'<section aria-label="Curves"><h2>Curves</h2>{charts}</section>',
         _plan_section(run.plan),
         _decisions_section(run),
+        _time_section(run),
         _attempts_section(run),
         _details_section(run),
     ]
@@ -345,6 +347,30 @@ def _decisions_section(run: RunData) -> str:
     return f"<section><h2>Decisions</h2>{_table(head, rows)}</section>"
 
 
+def _time_section(run: RunData) -> str:
+    """Where the time between steps went, and what of the wall time was no use."""
+    parts = time_by_part(run.metrics)
+    found = account(run.attempts, run.metrics)
+    wall_s = found.useful_s + sum(found.lost_s.values())
+    tables = []
+    if total := sum(parts.values()):
+        rows = [[_words(part), human.duration(s), _percent(s / total)] for part, s in parts.items()]
+        tables.append(_table(["Between steps, on rank 0", "Time", "Share"], rows))
+    if wall_s > 0:
+        lost = sorted(found.lost_s.items(), key=lambda item: -item[1])
+        times = [
+            ("steps that count", found.useful_s),
+            *((f"lost: {_words(cause)}", seconds) for cause, seconds in lost),
+        ]
+        rows = [[name, human.duration(seconds), _percent(seconds / wall_s)] for name, seconds in times]
+        tables.append(_table(["Wall time since the first attempt", "Time", "Share"], rows))
+    return f"<section><h2>Where the time went</h2>{''.join(tables)}</section>" if tables else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _attempts_section(run: RunData) -> str:
     if not run.attempts:
         return ""
@@ -362,6 +388,8 @@ def _attempt_row(run: RunData, attempt: Any) -> list[object]:
     steps = f"{_value('step', start.get('step', '?'))} to {_value('step', end.get('step', '…'))}"
     workers = start.get("workers", end.get("workers", ""))
     reason = end.get("reason") or ("" if end else _without_end(run, attempt))
+    if repeated := start.get("repeated_samples"):
+        steps += f", {human.count(repeated)} samples taken again"
     return [attempt, _clock(begun) if begun else "", took, steps, workers, reason]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.telemetry.accounting import Account, account
+from orchestrator.telemetry.accounting import Account, account, time_by_part
 
 
 def started(time: float, step: int = 0, **fields: Any) -> dict[str, Any]:
@@ -53,6 +53,13 @@ def test_a_lost_worker_costs_repeated_steps_and_the_way_back() -> None:
 def test_a_skipped_step_is_no_use() -> None:
     found = account([started(0.0)], [took(1.0, 1), took(2.0, 2, skipped=True)])
     assert (found.useful_s, found.lost_s) == (1.0, {"skipped": 1.0})
+
+
+def test_parts_add_up_over_the_steps() -> None:
+    assert time_by_part([took(1.0, 1, data_wait=0.5), took(2.0, 2, 2.0), {"step": 3}]) == {
+        "data_wait": 0.5,
+        "forward": 3.0,
+    }
 
 
 def test_before_anything_has_begun() -> None:

@@ -1,4 +1,4 @@
-"""The dashboards: every metric they show is exported, every exported one is shown, panels have all a reader needs."""
+"""The dashboards: what they show is exported, what is exported is shown, and panels have all that a reader needs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,74 @@
+"""`monitor up` and `down`: what they refuse, and a real Prometheus that comes, stays one, and goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.launching import monitor
+
+Refuse = Callable[..., str]
+
+
+def test_down_where_nothing_was_started(refuse: Refuse) -> None:
+    assert "nothing to stop" in refuse("monitor", "down", "--folder", "here")
+
+
+def test_up_without_prometheus_says_how_to_get_it(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "apt-get install prometheus" in refuse("monitor", "up", "--folder", "here")
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on PATH")
+def test_up_refuses_a_port_that_is_taken(refuse: Refuse) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} is taken" in refuse("monitor", "up", "--folder", "here", "--port", str(port))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on PATH")
+def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first = monitor.up(tmp_path / "prometheus", port=port)
+    try:
+        assert monitor.up(tmp_path / "prometheus", port=port) == first
+        with urllib.request.urlopen(f"{first.url}/api/v1/status/config", timeout=10) as answer:
+            config = json.load(answer)["data"]["yaml"]
+        assert str(tmp_path / "targets") in config
+        with urllib.request.urlopen(f"{first.url}/api/v1/rules", timeout=10) as answer:
+            assert len(json.load(answer)["data"]["groups"]) == 2
+    finally:
+        monitor.down(tmp_path / "prometheus")
+    assert not psutil.pid_exists(first.pid) or psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_dashboards_are_written_where_asked(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "orchestrator", "dashboards", "--output", str(tmp_path), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    written = [Path(path).relative_to(tmp_path).as_posix() for path in json.loads(done.stdout)]
+    assert written == list(monitor.cluster_files())
+
+
+def test_the_table_is_printed_for_people_and_for_scripts() -> None:
+    words = [sys.executable, "-m", "orchestrator", "metrics"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    table = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert len(table) > 60
+    assert all(f"{metric['name']}{{{', '.join(metric['labels'])}}}" in shown for metric in table)
