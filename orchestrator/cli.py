@@ -439,6 +439,7 @@ def wait(
     raise typer.Exit(1 if attempt.exit_code is None else attempt.exit_code)
 
 
+@app.command()
 def metrics(
     markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/metrics.md.")] = False,
     as_json: Json = False,
