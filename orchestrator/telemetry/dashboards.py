@@ -307,12 +307,15 @@ TRAINING = Dashboard(
                     low=0,
                 ),
                 Panel(
-                    "Steps/s and tokens/s",
-                    "Tokens where telemetry.tokens_per_sample is given.",
-                    {
-                        "steps/s": f"rate(orchestrator_steps_total{{{RUN}}}[$__rate_interval])",
-                        "tokens/s": f"rate(orchestrator_tokens_total{{{RUN}}}[$__rate_interval])",
-                    },
+                    "Steps/s",
+                    "Optimizer steps, those repeated after a restart included.",
+                    {"steps/s": f"rate(orchestrator_steps_total{{{RUN}}}[$__rate_interval])"},
+                    low=0,
+                ),
+                Panel(
+                    "Tokens/s",
+                    "Where telemetry.tokens_per_sample is given.",
+                    {"tokens/s": f"rate(orchestrator_tokens_total{{{RUN}}}[$__rate_interval])"},
                     low=0,
                 ),
                 Panel(
@@ -324,6 +327,7 @@ TRAINING = Dashboard(
                         "repeated": f"orchestrator_repeated_samples_total{{{RUN}}}",
                     },
                     low=0,
+                    width=24,
                 ),
             ),
         ),
