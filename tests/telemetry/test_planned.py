@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gloo_jobs import toy_config
-
 from orchestrator.config import AdamW
 from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
