@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -384,29 +385,30 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
         return {_plain(name): p.detach().float().clone() for name, p in parameters.items()}
 
 
-def state_bytes(config: RunConfig, task: Toy) -> tuple[int, int]:
+def state_bytes(config: RunConfig, task: Toy, bucket: int = BUCKET_ELEMENTS) -> tuple[int, int]:
     """Parameters, and the most bytes this rank's tensors take in a second step but for DeepSpeed's buckets.
 
     Looked at when the backward pass has ended and, in stages 2 and 3, gradients are reduced: before that those of the
-    last bucket are still whole, as bucket. Activations are gone by then.
+    last bucket are still whole, as bucket. Activations are gone by then. A shared gradient is a view of the bucket it was
+    reduced in and keeps all of that alive, so with one ``bucket`` for the whole model nothing would be shared.
     """
     gc.collect()
     # Held, so that no later tensor comes to lie where one of these was.
     before = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)]
     known = {storage.data_ptr() for storage in before}
-    engine = make_engine(config, task)
+    with mock.patch("orchestrator.training.engine.BUCKET_ELEMENTS", bucket):
+        engine = make_engine(config, task)
     inner, peaks = engine._engine, [0]
 
     def looked_at(function: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any, **kwargs: Any) -> Any:
-            peaks.append(_bytes_alive(known))
+            peaks.append(_bytes_alive(known, bucket))
             return function(*args, **kwargs)
 
         return look
 
     layout = Layout(dist.get_world_size(), 8, 2)
     step_at(engine, config, task, 0, layout, 0.01)
-    gc.collect()
     if config.layout.zero_stage in (0, 1):
         inner.allreduce_gradients = looked_at(inner.allreduce_gradients)
     inner.step = looked_at(inner.step)
@@ -415,13 +417,19 @@ def state_bytes(config: RunConfig, task: Toy) -> tuple[int, int]:
     return count, max(peaks)
 
 
-def _bytes_alive(known: set[int]) -> int:
+def _bytes_alive(known: set[int], bucket: int) -> int:
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    buckets = {BUCKET_ELEMENTS * size for size in (2, 4)}
+    buckets = {bucket * size for size in (2, 4)}
     return sum(size for place, size in storages.items() if place not in known and size not in buckets)
+
+
+def deep() -> nn.Module:
+    """As many parameters in a hundred and more small layers, so that a bucket holds few of them."""
+    inner = [nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(128)]
+    return nn.Sequential(nn.Linear(FEATURES, 128), *inner, nn.Linear(128, CLASSES))
 
 
 def wide() -> nn.Module:

@@ -126,8 +126,7 @@ def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, 
     if others:
         assert best.fits
     if made.device == "cuda" and best.fits:
-        # With accumulation stage 1 goes before 2, and so before what is hardly faster than 2.
-        stages = {1} if best.accumulation > 1 else {1, 2, 3}
+        stages = {1} if best.accumulation > 1 and best.zero_stage == 1 else {1, 2, 3}
         rivals = [c.step_time_s for c in others if c.offload == best.offload and c.zero_stage in stages]
         assert all(best.step_time_s <= 1.0201 * seconds for seconds in rivals)
 

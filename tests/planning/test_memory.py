@@ -99,7 +99,8 @@ def test_states_are_what_deepspeed_allocates(group: GlooGroup, stage: int, preci
         layout={"zero_stage": stage, "precision": precision, "accumulation": 2},
     )
     predicted = None
-    for parameters, allocated in group.run(jobs.state_bytes, config, jobs.Toy(jobs.wide)):
+    measured = (jobs.Toy(jobs.deep), 20_000) if stage == 2 else (jobs.Toy(jobs.wide),)
+    for parameters, allocated in group.run(jobs.state_bytes, config, *measured):
         predicted = model_state_bytes(
             parameters,
             stage,
