@@ -516,6 +516,7 @@ class _Watcher:
     def planned(self, plan: Plan, folder: Path) -> None:
         from orchestrator.telemetry.planned import plan_lines
 
+        self._display.restart()
         self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
 
 

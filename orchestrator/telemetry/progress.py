@@ -185,6 +185,11 @@ class Display:
         self._due = -math.inf
         self._pending: Mapping[str, Any] | None = None
 
+    def restart(self) -> None:
+        """Forget the steps of the run before: another begins, and its steps count from 1 again."""
+        self._estimator = Estimator()
+        self._pending = None
+
     def step(self, record: Mapping[str, Any]) -> None:
         """Take a step record; shown when it is time, and at once, to stay, when the step was skipped."""
         self._estimator = self._estimator.after(record)

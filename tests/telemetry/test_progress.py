@@ -179,6 +179,18 @@ step 24  1,536 samples  24.0 %  loss 0.4321  128 samples/s  batch 64  lr 1.2e-3 
     )
 
 
+def test_another_run_on_the_same_display_is_timed_anew() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Display(stream, interactive=False, interval_s=0.0, clock=clock) as display:
+        for run in range(2):
+            display.restart()
+            for n in (1, 2):
+                display.step(step(n, time=100.0 * run + n))
+    first, second = stream.getvalue().splitlines()[1], stream.getvalue().splitlines()[3]
+    assert first == second
+    assert " 64.0 samples/s" in first or " 64 samples/s" in first
+
+
 def screen(text: str) -> list[str]:
     """The lines a terminal would show: enough of one for a display that only redraws its last line."""
     lines = [""]
