@@ -394,6 +394,7 @@ def state_bytes(config: RunConfig, task: Toy, bucket: int = BUCKET_ELEMENTS) -> 
     """
     gc.collect()
     # Held, so that no later tensor comes to lie where one of these was.
+    gc.collect()  # an earlier engine is a cycle, and may still be there
     before = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)]
     known = {storage.data_ptr() for storage in before}
     with mock.patch("orchestrator.training.engine.BUCKET_ELEMENTS", bucket):
