@@ -97,7 +97,7 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
     try:
         until(lambda: steps(folder) >= 130, process)
         found = Monitored(folder, url, "", 0.0, 0.0)
-        until(lambda: bool(found.scraped("orchestrator_run_step")), process)
+        until(lambda: since(found, 'orchestrator_rank_seconds_total{part="forward",rank="0"}', 0.0) > 4, process)
         hub_killed_at = time.time()
         process_named(process, "HubActor").send_signal(signal.SIGKILL)
         until(lambda: since(found, "orchestrator_run_step", hub_killed_at + 3) > 1, process)
