@@ -47,6 +47,7 @@ __all__ = [
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S = 5.0
+AGENT_PATIENCE_S = 60.0
 POLL_S = 0.5
 PATIENCE_S = 60.0  # a head that is restarted is back within this
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -358,13 +359,21 @@ class JobServer:
         metadata = {RUN: submission.run, ATTEMPT: str(choice.attempt), REQUEST: submission.request}
         try:
             with self._explained():
-                self._client.submit_job(
-                    entrypoint=submission.command,
-                    submission_id=choice.submission_id,
-                    runtime_env={**submission.runtime_env, "working_dir": working_dir},
-                    metadata=metadata,
-                    entrypoint_num_cpus=submission.cpus,
-                )
+                deadline = time.monotonic() + AGENT_PATIENCE_S
+                while True:
+                    try:
+                        self._client.submit_job(
+                            entrypoint=submission.command,
+                            submission_id=choice.submission_id,
+                            runtime_env={**submission.runtime_env, "working_dir": working_dir},
+                            metadata=metadata,
+                            entrypoint_num_cpus=submission.cpus,
+                        )
+                        break
+                    except RuntimeError as error:  # a head answers before its agent is there to start jobs
+                        if "No available agent" not in str(error) or time.monotonic() > deadline:
+                            raise
+                        time.sleep(POLL_S)
         except ClusterError:
             rival = next((a for a in self.attempts() if a.submission_id == choice.submission_id), None)
             if rival is None or rival.request != submission.request:
