@@ -1,6 +1,6 @@
 """How fast and how small each way of writing a trained model is, and what distilling is worth: the digits ResNet.
 
-    python benchmarks/compression.py --folder /tmp/compression [--seeds 5] [--skip-students]
+    python benchmarks/compression.py --folder FOLDER [--seeds 5] [--skip-students]
 
 Trains the digits once, compresses it in every way, and prints the table. Then, for each seed, trains a student of a
 quarter of the parameters alone and distilled, and prints both. Latency is of one sample: run it on a quiet machine.
