@@ -85,6 +85,9 @@ def start_head(folder: Path) -> Head:
         )
     head = Head(process, f"http://127.0.0.1:{port}", folder, temporary)
     wait_until(lambda: head("jobs").code == 0, process, folder / "head.log")
+    # It answers before its own node is there, and a cluster without nodes is too small for any run.
+    too_large = ("submit", "jobs.vision:digits", "--set", "scale.workers=3")
+    wait_until(lambda: "has 2 CPUs" in head(*too_large).err, process, folder / "head.log")
     return head
 
 
@@ -168,12 +171,6 @@ def test_two_submissions_are_one_run_and_stop_saves(head: Head) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "stopped"
     assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}"), "the last step was saved"
-
-    resumed = head.start("submit", *LONG)
-    wait_until(lambda: "going on from checkpoint" in head("logs", "long").out, resumed)
-    assert head.status("long")["submission_id"] == "long.2"
-    assert head("stop", "long").code == 0
-    resumed.communicate(timeout=TIMEOUT_S)
 
 
 def test_failure_ends_with_the_runs_own_code(head: Head) -> None:
