@@ -386,8 +386,8 @@ def state_bytes(config: RunConfig, task: Toy, bucket: int = BUCKET_ELEMENTS) -> 
     """Parameters, and the most bytes this rank's tensors take in a second step but for DeepSpeed's buckets.
 
     Looked at when the backward pass has ended and, in stages 2 and 3, gradients are reduced: before that those of the
-    last bucket are still whole, as bucket. Activations are gone by then. A shared gradient is a view of the bucket it was
-    reduced in and keeps all of that alive, so with one ``bucket`` for the whole model nothing would be shared.
+    last bucket are still whole, as bucket. Activations are gone by then. A shared gradient is a view of the bucket it
+    was reduced in and keeps all of that alive: with one ``bucket`` for the whole model nothing would be shared.
     """
     gc.collect()
     # Held, so that no later tensor comes to lie where one of these was.
