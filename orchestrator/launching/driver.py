@@ -91,9 +91,11 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     root = run_root(job.config)
     sizes = prepare(job)
     address = address_of(request.address)
+    profiled = None
     if address is None:
         shape = embedded_shape()
-        _make_plan(job, shape, sizes, profile_job(job, shape))  # refused before there is a folder or a cluster
+        profiled = profile_job(job, shape)
+        _make_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
     if request.fresh and (aside := move_aside(root)) is not None:
         listener.note(f"the earlier run was moved to {aside}")
     folder = RunFolder(root)
@@ -106,7 +108,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
             return done
         for note in choose_checkpoint(request, folder):
             listener.note(note)
-        return _launch(request, job, folder, lock.driver, sizes, listener, started)
+        return _launch(request, job, folder, lock.driver, sizes, profiled, listener, started)
     finally:
         lock.release()
 
@@ -156,6 +158,7 @@ def _launch(
     folder: RunFolder,
     driver: str,
     sizes: tuple[int, int],
+    profiled: tuple[Profile | None, str] | None,
     listener: Listener,
     started: float,
 ) -> dict[str, Any]:
@@ -165,14 +168,14 @@ def _launch(
     for follower in followers:
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
-        profile, untraced = profile_job(job, cluster.shape)
-        plan = _make_plan(job, cluster.shape, sizes, (profile, untraced))
+        profiled = profiled or profile_job(job, cluster.shape)  # the embedded cluster has the shape it was traced for
+        plan = _make_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profile)
+        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
         state = "failed"

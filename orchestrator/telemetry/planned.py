@@ -42,18 +42,20 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     if plan.activation_checkpointing:
         rows.append(("memory", "activation checkpointing"))
-    if plan.costing is not None and plan.device == "cuda":
-        rows += _costs(plan.costing)
+    if plan.costing is not None:
+        rows += _costs(plan.costing, timed=plan.device == "cuda")
     rows += [("because" if index == 0 else "", reason) for index, reason in enumerate(plan.reasons)]
     return [f"plan for {human.printable(plan.name)}", *(f"  {label:<8} {text}" for label, text in rows)]
 
 
-def _costs(costing: Costing) -> list[tuple[str, str]]:
-    rate = human.rate(costing.samples_per_s, "samples")
-    rows = [
-        ("speed", f"{human.duration(costing.step_time_s)} a step, {rate}, MFU {costing.mfu:.0%} ({costing.confidence})")
-    ]
-    if costing.run_time_s is not None:
+def _costs(costing: Costing, *, timed: bool) -> list[tuple[str, str]]:
+    """Time and money, on CPUs left out as a guess, and whether it fits where it does not."""
+    rows = []
+    if timed:
+        rate = human.rate(costing.samples_per_s, "samples")
+        step = f"{human.duration(costing.step_time_s)} a step, {rate}, MFU {costing.mfu:.0%} ({costing.confidence})"
+        rows.append(("speed", step))
+    if timed and costing.run_time_s is not None:
         price = "" if costing.cost is None else f", {human.number(costing.cost)} at the price of the config"
         rows.append(("run", f"{human.duration(costing.run_time_s)} if the batch stays{price}"))
     if not costing.fits:
