@@ -62,6 +62,7 @@ OPTIONS = {
         "--fresh",
         "--from-checkpoint",
         "--json",
+        "--profile",
         "--set",
         "job",
     ],

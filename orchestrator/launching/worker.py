@@ -115,6 +115,7 @@ class _Worker:
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
         from orchestrator.training.scheduler import Scheduler
+        from orchestrator.training.tracing import Tracer
 
         task = self._order.job.task
         datasets = task.datasets()
@@ -154,6 +155,7 @@ class _Worker:
                 memory=memory,
                 decides=self._rank == 0,
             ),
+            tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
         )

@@ -21,6 +21,7 @@ from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
+from orchestrator.training.tracing import Tracer
 
 __all__ = ["Outcome", "Training", "train"]
 
@@ -47,6 +48,7 @@ class Training:
     checkpoints: Checkpoints
     recorder: Recorder
     scheduler: Scheduler
+    tracer: Tracer
     rank: int
     stop_requested: Callable[[], bool]
 
@@ -63,6 +65,7 @@ def train(run: Training) -> Outcome:
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
     saved_step, saved_at, stop = state.step, time.monotonic(), False
     while not (reason := run.plan.finished(state)) and not stop:
+        run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
             micro_batches = [
                 run.train_set.take(positions)
@@ -88,6 +91,7 @@ def train(run: Training) -> Outcome:
         if save_due and stats.finite:
             _save(run, state)
             saved_step, saved_at = state.step, time.monotonic()
+    run.tracer.close()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step:
