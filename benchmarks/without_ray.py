@@ -33,6 +33,7 @@ from orchestrator.training.loop import Training, train
 from orchestrator.training.memory import MemoryGauge
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler
+from orchestrator.training.tracing import Tracer
 
 DEVICE = torch.device("cpu")
 
@@ -95,6 +96,7 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
             checkpoints=Checkpoints(folder.checkpoints, fence, 1, {"workers": workers}),
             recorder=Recorder(folder, fence, plan, rank=rank, attempt=1, publisher=publisher),
             scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
+            tracer=Tracer(None, folder.root, rank=rank),
             rank=rank,
             stop_requested=lambda: False,
         )

@@ -85,11 +85,16 @@ def run(
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on from this checkpoint; newer ones are set aside.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Leave a torch profiler trace of these steps.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train JOB to its end; the same command again continues a run that was stopped or killed."""
     from orchestrator.launching import driver
 
+    if profile is not None:
+        override = [*(override or []), f"telemetry.profile={profile.replace(':', ',')}"]
     request = _request(job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint)
     with _display(as_json) as display:
         summary = driver.run(request, _Watcher(display))

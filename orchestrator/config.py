@@ -510,6 +510,17 @@ class TelemetryConfig(Part):
     """FLOPs of a sample's forward and backward pass, for model FLOP/s."""
     peak_flops_per_s: PositiveFloat | None = None
     """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers that the records are also sent to."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of which rank 0 leaves a torch profiler trace in the run's folder."""
+
+    @field_validator("profile")
+    @classmethod
+    def _steps_rise(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
+        if profile is not None and profile[0] > profile[1]:
+            raise ValueError(f"the range falls: write {profile[1]},{profile[0]}")
+        return profile
 
 
 class RunConfig(Part):

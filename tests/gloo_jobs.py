@@ -45,6 +45,7 @@ from orchestrator.training.memory import MemoryGauge
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler
 from orchestrator.training.state import StepStats, TrainState
+from orchestrator.training.tracing import Tracer
 
 FEATURES, CLASSES = 8, 4
 
@@ -611,6 +612,7 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
             memory=MemoryGauge(torch.device("cpu"), 2**36),
             decides=dist.get_rank() == 0,
         ),
+        tracer=Tracer(config.telemetry.profile if dist.get_rank() == 0 else None, folder.root / "traces", rank=0),
         rank=dist.get_rank(),
         stop_requested=lambda: dist.get_rank() == 0 and next(calls) == stop_in,
     )

@@ -92,6 +92,7 @@ OPTIONS = {
         "--fresh",
         "--from-checkpoint",
         "--json",
+        "--profile",
         "--set",
         "job",
     ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +42,7 @@ from orchestrator.storage.folder import RunFolder, read_json, write_json, write_
 from orchestrator.telemetry.accounting import account
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
+from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
 from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.engine import require_precision
 
@@ -68,6 +71,31 @@ class Imagined(NamedTuple):
     network_gbit_per_s: float | None = None
 
 
+@dataclass(frozen=True)
+class _Tracked:
+    """A listener whose records go to the trackers as well."""
+
+    listener: Listener
+    tracking: Tracking
+
+    def planned(self, plan: Plan, folder: Path) -> None:
+        self.listener.planned(plan, folder)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self.listener.step(record)
+        self.tracking.step(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        self.listener.evaluation(record)
+        self.tracking.evaluation(record)
+
+    def decision(self, record: Mapping[str, Any]) -> None:
+        self.listener.decision(record)
+
+    def note(self, text: str) -> None:
+        self.listener.note(text)
+
+
 class _Followers(NamedTuple):
     """The run's growing tables."""
 
@@ -88,6 +116,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     """
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
+    require_trackers(job.config.telemetry.trackers)
     root = run_root(job.config)
     sizes = prepare(job)
     address = address_of(request.address)
@@ -176,6 +205,16 @@ def _launch(
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
+        tracking = Tracking(
+            functools.partial(
+                make_trackers,
+                job.config.telemetry.trackers,
+                run=job.config.name,
+                folder=folder.root,
+                config=job.config.model_dump(mode="json"),
+            )
+        )
+        listener = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
         state = "failed"
@@ -187,6 +226,7 @@ def _launch(
             raise
         finally:
             teller.end(state)
+            tracking.close(state)
     return _write_end(folder, job.config, outcome, started)
 
 

@@ -119,6 +119,7 @@ class _Worker:
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
         from orchestrator.training.scheduler import Scheduler
+        from orchestrator.training.tracing import Tracer
 
         task = self._order.job.task
         datasets = task.datasets()
@@ -164,6 +165,7 @@ class _Worker:
                 memory=memory,
                 decides=self._rank == 0,
             ),
+            tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
             **_past(self._folder),

@@ -22,6 +22,7 @@ from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
+from orchestrator.training.tracing import Tracer
 
 __all__ = ["Outcome", "Training", "train"]
 
@@ -48,6 +49,7 @@ class Training:
     checkpoints: Checkpoints
     recorder: Recorder
     scheduler: Scheduler
+    tracer: Tracer
     rank: int
     stop_requested: Callable[[], bool]
     failures: int = 0
@@ -70,6 +72,7 @@ def train(run: Training) -> Outcome:
     cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)
     saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
+        run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
             micro_batches = [
                 run.train_set.take(positions)
@@ -96,6 +99,7 @@ def train(run: Training) -> Outcome:
         if (save_due or state.best != best) and stats.finite:
             cadence = cadence.saved(time.monotonic(), _save(run, state))
             saved_step = state.step
+    run.tracer.close()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step:
