@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # Sections that change what a run says or survives, but not what it computes.
-FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint")
+FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint", "storage")
 
 
 @dataclass(frozen=True)
