@@ -5,6 +5,7 @@ OrchestratorError                 exit code 1 unless said otherwise
 │   ├── ConfigError               a field of the config: its name, its value and the remedy
 │   ├── JobError                  the job cannot be found, imported or called
 │   ├── DataError                 missing, empty or unreadable data
+│   │   └── CorruptDataError      a part of it is there and is not what was written
 │   ├── StorageError              a store that cannot be reached, or that refuses
 │   │   ├── NotFoundError         there is no such object
 │   │   └── StorageUnavailableError  no answer within the budget: worth trying again later
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "ClusterError",
     "ConfigError",
+    "CorruptDataError",
     "DataError",
     "FencedError",
     "JobError",
@@ -70,6 +72,10 @@ class JobError(RequestError):
 
 class DataError(RequestError):
     """Data is missing, empty, corrupt, or lacks a column."""
+
+
+class CorruptDataError(DataError):
+    """A file or row group that is there and cannot be read; the message names it."""
 
 
 class StorageError(RequestError):

@@ -146,12 +146,12 @@ def prepare(job: Job) -> tuple[int, int]:
         except OSError as error:
             raise DataError(f"the job's prepare step failed: {error}") from error
     datasets = job.task.datasets()
-    train_samples = len(open_dataset(datasets.train))
+    train_samples = len(open_dataset(datasets.train, job.config))
     if train_samples == 0:
         raise DataError("the training set is empty: there is nothing to train on")
     if datasets.evaluation is None:
         return train_samples, 0
-    return train_samples, len(open_dataset(datasets.evaluation))
+    return train_samples, len(open_dataset(datasets.evaluation, job.config))
 
 
 def _identity(request: RunRequest) -> dict[str, Any]:

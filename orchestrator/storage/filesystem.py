@@ -13,7 +13,7 @@ from orchestrator.storage.store import is_s3
 __all__ = ["storage_filesystem"]
 
 ATTEMPTS = 10
-CONNECT_S, REQUEST_S = 5, 20
+CONNECT_S, REQUEST_S = 5, 10
 
 
 def storage_filesystem(uri: str, config: StorageConfig | None = None) -> tuple[fs.FileSystem, str]:

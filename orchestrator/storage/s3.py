@@ -36,7 +36,7 @@ __all__ = ["S3Store", "endpoint_of", "split_uri"]
 T = TypeVar("T")
 Failed = (BotoCoreError, ClientError, Boto3Error)
 
-CONNECT_S, READ_S = 5.0, 20.0
+CONNECT_S, READ_S = 5.0, 10.0
 """A connection that says nothing for so long is given up and made anew."""
 ATTEMPTS = 4
 """Of botocore, for one request; the budget in seconds stands over them."""

@@ -43,8 +43,8 @@ class Recorder:
         record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
         self._attempts(record)
 
-    def step(self, state: TrainState, stats: StepStats) -> None:
-        """Record one optimizer step."""
+    def step(self, state: TrainState, stats: StepStats, skipped_samples: int = 0) -> None:
+        """Record one optimizer step; ``skipped_samples``: of row groups that this rank could not read until now."""
         self.last_step = state.step
         if not self._writes:
             return
@@ -63,6 +63,7 @@ class Recorder:
             "step_time_s": stats.step_time_s,
             "samples_per_s": batch / stats.step_time_s,
             "skipped": not stats.finite,
+            "skipped_samples": skipped_samples,
             **_scheduling(state, stats),
         }
         self._metrics.append(record)

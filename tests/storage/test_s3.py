@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_an_upload_is_not_there_before_its_last_part(s3: Weed, tmp_path: Path) -
 
 
 @pytest.fixture
-def faults(s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def faults(s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """20 % of all requests are answered with 503 and 3 % are dropped without a word."""
     if reason := s3_server.no_haproxy():
         pytest.skip(reason)
@@ -151,9 +152,9 @@ def faults(s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.slow
 def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
     store, data = open_store(place()), {f"{n:03d}": secrets.token_bytes(1000) for n in range(60)}
-    for key, value in data.items():
-        store.write(key, value)
-    assert {key: store.read(key) for key in data} == data
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.write(key, data[key]), data))
+        assert dict(zip(data, pool.map(store.read, data), strict=True)) == data
     assert [entry.key for entry in store.list()] == sorted(data)
     large = secrets.token_bytes(20 * MIB)
     (tmp_path / "file").write_bytes(large)
@@ -166,7 +167,7 @@ def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
 def test_of_many_writers_one_wins_under_faults(faults: str) -> None:
     """An answer that is lost on the way makes neither two winners nor none."""
     where = place()
-    for round_ in range(5):
+    for round_ in range(2):
         stores = [open_store(where) for _ in range(8)]
         won: list[int] = []
 
@@ -186,12 +187,15 @@ def test_of_many_writers_one_wins_under_faults(faults: str) -> None:
 @pytest.mark.slow
 def test_rays_filesystem_loses_nothing_under_faults(faults: str) -> None:
     filesystem, path = storage_filesystem(place())
-    for number in range(60):
+
+    def there_and_back(number: int) -> bytes:
         with filesystem.open_output_stream(f"{path}/{number}") as stream:
             stream.write(f"{number}".encode())
-    for number in range(60):
         with filesystem.open_input_file(f"{path}/{number}") as stream:
-            assert stream.read() == f"{number}".encode()
+            return bytes(stream.read())
+
+    with ThreadPoolExecutor(30) as pool:
+        assert list(pool.map(there_and_back, range(60))) == [f"{number}".encode() for number in range(60)]
 
 
 @pytest.mark.slow
