@@ -245,15 +245,15 @@ def test_an_override_changes_what_it_names(overrides, expected):
         (
             "sed=3",
             (
-                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, evaluation, failures, layout, name, "
-                "policy, recipe, scale, seed, telemetry"
+                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, data, evaluation, failures, layout, "
+                "name, policy, recipe, scale, seed, storage, telemetry"
             ),
         ),
         (
             "recip.batch=3",
             (
-                "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, evaluation, failures, "
-                "layout, policy, recipe, scale, telemetry"
+                "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, data, evaluation, failures, "
+                "layout, policy, recipe, scale, storage, telemetry"
             ),
         ),
         (
@@ -452,3 +452,20 @@ def test_a_strangers_model_is_explained_too():
     with pytest.raises(ValidationError) as caught:
         Other(x="y")
     assert explain_validation(caught.value) == "Other: x='y': should be a whole number"
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host", "host:80", "http://user:secret@host", "http://host/path", "http://host?x=1", "http://host:port"]
+)
+def test_an_endpoint_is_an_address_and_nothing_else(url):
+    assert "without user, password and path" in refusal(f"storage.endpoint_url={url}")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8333", "https://s3.example.org", "http://[::1]:80/"])
+def test_endpoints_that_are_addresses(url):
+    assert apply_overrides(BASE, [f"storage.endpoint_url={url}"]).storage.endpoint_url == url
+
+
+def test_lanes_fit_into_a_window():
+    message = "data: lanes=4 exceeds window=2: a lane is at least one row group"
+    assert refusal("data.lanes=4", "data.window=2") == message

@@ -241,8 +241,8 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
     write(tmp_path / "1.parquet", label=[1])
     write(tmp_path / "2.parquet", label=["one"])
     assert refusal(Parquet(str(tmp_path))) == (
-        f"{tmp_path}/2.parquet: column 'label' holds text, and int64 in {tmp_path}/1.parquet; write them again with the "
-        "same types"
+        f"{tmp_path}/2.parquet: column 'label' holds text, and int64 in {tmp_path}/1.parquet; write them again with "
+        "the same types"
     )
 
 
