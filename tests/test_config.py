@@ -455,7 +455,8 @@ def test_a_strangers_model_is_explained_too():
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host", "host:80", "http://user:secret@host", "http://host/path", "http://host?x=1", "http://host:port"]
+    "url",
+    ["ftp://host", "host:80", "http://user:secret@host", "http://host/path", "http://host?x=1", "http://host:port"],
 )
 def test_an_endpoint_is_an_address_and_nothing_else(url):
     assert "without user, password and path" in refusal(f"storage.endpoint_url={url}")
