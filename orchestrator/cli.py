@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from orchestrator import __version__
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
+    from orchestrator.config import StorageConfig
     from orchestrator.launching.doctor.finding import Finding
     from orchestrator.launching.jobs import Attempt, Extras, JobServer
     from orchestrator.launching.preflight import RunRequest
@@ -31,6 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+data_app = typer.Typer(help="Look at training data, and pack it into Parquet.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="What to run, as module:function.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs.")]
@@ -52,6 +57,10 @@ JobServerAddress = Annotated[
     ),
 ]
 SubmittedArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the id of a submission.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="A store compatible with S3; otherwise AWS_ENDPOINT_URL, or AWS."),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout; all else goes to stderr.")]
 
 
@@ -506,6 +515,94 @@ def down(folder: MonitorFolder = None, as_json: Json = False) -> None:
 
     stopped = monitor.down((folder or monitor.monitor_folder()).absolute())
     print(json.dumps(vars(stopped)) if as_json else f"stopped; data stay in {stopped.folder}")
+
+
+@data_app.command("check")
+def data_check(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A Parquet file, or a folder or s3://... of them.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Read the footers alone, not every row group.")] = False,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Say what the Parquet at URI holds, how a run would read it, and which row groups cannot be read."""
+    from orchestrator.telemetry.inspected import inspection_lines
+    from orchestrator.training.inspection import inspect
+
+    with _counter("checked", "row groups") as progress:
+        found = inspect(uri, _storage(endpoint_url), verify=not quick, progress=progress)
+    print(json.dumps(asdict(found)) if as_json else "\n".join(inspection_lines(asdict(found))))
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[str, typer.Argument(help="A file or folder: arrays, images in folders by class, text, CSV.")],
+    destination: Annotated[str, typer.Argument(help="A folder or s3://BUCKET/PREFIX for the Parquet files.")],
+    kind: Annotated[
+        str | None, typer.Option("--as", metavar="KIND", help="arrays, images, text or csv; otherwise by the names.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Text: rows of so many bytes; otherwise a row for each line.")
+    ] = None,
+    shuffle: Annotated[bool, typer.Option(help="Mix all samples once.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle.")] = 0,
+    row_group_mib: Annotated[float, typer.Option(min=0.001, help="Size of a row group, uncompressed.")] = 8.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove first what was packed there before.")] = False,
+    address: Address = None,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Pack SOURCE into Parquet at DESTINATION, on a Ray cluster; nobody reads it before it is whole."""
+    from orchestrator.launching.parquet_packing import pack
+    from orchestrator.launching.sources import PackRequest, kind_named
+    from orchestrator.telemetry.inspected import inspection_lines
+    from orchestrator.training.inspection import inspect
+
+    request = PackRequest(
+        source,
+        destination,
+        kind=kind_named(kind),
+        length=length,
+        shuffle=shuffle,
+        seed=seed,
+        row_group_bytes=int(row_group_mib * 2**20),
+        overwrite=overwrite,
+    )
+    storage = _storage(endpoint_url)
+    with _counter("written", "files") as progress:
+        classes = pack(request, storage, address=address, progress=progress)
+    found = {**asdict(inspect(destination, storage, verify=False)), "classes": classes}
+    print(json.dumps(found) if as_json else "\n".join(inspection_lines(found)))
+
+
+def _storage(endpoint_url: str | None) -> StorageConfig:
+    """How S3 is reached by a command that somebody waits for: it gives up sooner than a run."""
+    from orchestrator.config import StorageConfig, parse_config
+
+    return parse_config({"endpoint_url": endpoint_url, "retry_budget_s": 20.0}, StorageConfig)
+
+
+@contextmanager
+def _counter(done: str, of: str) -> Iterator[Callable[..., None]]:
+    """Shows on stderr how far a command has come: over and over in a terminal, else a line now and then."""
+    from orchestrator.telemetry.inspected import counted
+
+    shown_at, shown = time.monotonic(), ""
+    in_place = sys.stderr.isatty()
+
+    def show(count: int, total: int | None, size_bytes: int | None = None) -> None:
+        nonlocal shown_at, shown
+        text = counted(done, of, count, total, size_bytes)
+        if text != shown and (in_place or time.monotonic() - shown_at >= 2.0):
+            shown_at, shown = time.monotonic(), text
+            print(f"\r\x1b[2K{text}" if in_place else text, end="" if in_place else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if in_place and shown:
+            print(file=sys.stderr)
 
 
 class _Watcher:

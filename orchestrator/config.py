@@ -40,6 +40,7 @@ __all__ = [
     "CheckpointConfig",
     "Constant",
     "Cosine",
+    "DataConfig",
     "EvaluationConfig",
     "Exponential",
     "FailureConfig",
@@ -57,6 +58,7 @@ __all__ = [
     "ScaleConfig",
     "Step",
     "Stop",
+    "StorageConfig",
     "TelemetryConfig",
     "WarmUp",
     "WarmupStableDecay",
@@ -71,6 +73,7 @@ Auto = Literal["auto"]
 Rule = Literal["auto", "none", "linear", "sqrt", "adascale"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,45}[a-z0-9])?")
 
 
@@ -480,6 +483,47 @@ class CheckpointConfig(Part):
         return best
 
 
+class DataConfig(Part):
+    """How Parquet data is read. What the order of the samples depends on belongs to the run: it cannot change later."""
+
+    mode: Literal["memory", "streaming"] | Auto = "auto"
+    """Where a data set lies: in memory whole, or read as it is needed; auto: in memory up to 1 GiB uncompressed."""
+    window: PositiveInt = 16
+    """Row groups that are shuffled together when streaming; a worker holds this window and the next."""
+    lanes: PositiveInt = 1
+    """Parts of a window that each batch is dealt from; at n lanes each of n workers reads an nth of the data."""
+    threads: PositiveInt = 4
+    """Threads of each worker that read and decode."""
+    ahead: NonNegativeInt = 2
+    """Steps for which a worker decodes ahead."""
+
+    @model_validator(mode="after")
+    def _lanes_fit(self) -> DataConfig:
+        if self.lanes > self.window:
+            raise ValueError(f"lanes={self.lanes} exceeds window={self.window}: a lane is at least one row group")
+        return self
+
+
+class StorageConfig(Part):
+    """How S3 and compatible stores are reached. Credentials come from the usual chain of AWS, never from here."""
+
+    endpoint_url: str | None = None
+    """Address of a compatible store, as in http://10.0.0.5:8333; none: AWS_ENDPOINT_URL, and without it AWS."""
+    region: str | None = None
+    """Region of the bucket; none: the usual chain's, such as AWS_REGION."""
+    addressing: Literal["path", "virtual"] | Auto = "auto"
+    """Whether the bucket stands in the path or in the host name; auto: in the path where there is an endpoint."""
+    retry_budget_s: PositiveFloat = 120.0
+    """Seconds for which a failing request is tried again."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and not ENDPOINT.fullmatch(url):
+            raise ValueError("write it as http://HOST:PORT or https://HOST, without user, password and path")
+        return url
+
+
 class FailureConfig(Part):
     """What a run does about trouble."""
 
@@ -487,6 +531,8 @@ class FailureConfig(Part):
     """How often lost workers are replaced before the run fails."""
     skip_nonfinite_steps: NonNegativeInt = 0
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
+    on_corrupt_row_group: Literal["stop", "skip"] = "stop"
+    """A row group that cannot be read: stop the run, or count it and use the next readable one's samples instead."""
     stop_grace_s: PositiveFloat = 60.0
     """Seconds that workers get to finish the step and save after a signal."""
 
@@ -540,10 +586,14 @@ class RunConfig(Part):
     """How many workers."""
     planning: PlanningConfig = PlanningConfig()
     """What the plan is told: an accelerator of your own, prices."""
+    data: DataConfig = DataConfig()
+    """How data is read."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """When the held-out set is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Where and how often state is saved."""
+    storage: StorageConfig = StorageConfig()
+    """How S3 is reached."""
     failures: FailureConfig = FailureConfig()
     """What is done about trouble."""
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -5,6 +5,10 @@ OrchestratorError                 exit code 1 unless said otherwise
 │   ├── ConfigError               a field of the config: its name, its value and the remedy
 │   ├── JobError                  the job cannot be found, imported or called
 │   ├── DataError                 missing, empty or unreadable data
+│   │   └── CorruptDataError      a part of it is there and is not what was written
+│   ├── StorageError              a store that cannot be reached, or that refuses
+│   │   ├── NotFoundError         there is no such object
+│   │   └── StorageUnavailableError  no answer within the budget: worth trying again later
 │   ├── ClusterError              no such cluster, or one too small
 │   ├── RunFolderError            folder unwritable, or it belongs to a different config
 │   ├── RunBusyError              another live process owns the run
@@ -29,16 +33,20 @@ __all__ = [
     "ClusterError",
     "ClusterLostError",
     "ConfigError",
+    "CorruptDataError",
     "DataError",
     "ExportError",
     "FencedError",
     "JobError",
     "NonFiniteLossError",
+    "NotFoundError",
     "OrchestratorError",
     "RequestError",
     "RunBusyError",
     "RunError",
     "RunFolderError",
+    "StorageError",
+    "StorageUnavailableError",
     "UserCodeError",
     "WorkerLostError",
     "did_you_mean",
@@ -68,6 +76,22 @@ class JobError(RequestError):
 
 class DataError(RequestError):
     """Data is missing, empty, corrupt, or lacks a column."""
+
+
+class CorruptDataError(DataError):
+    """A file or row group that is there and cannot be read; the message names it."""
+
+
+class StorageError(RequestError):
+    """A store cannot be used: address, credentials, bucket or permission; the message says which."""
+
+
+class NotFoundError(StorageError):
+    """There is no object or file of this key."""
+
+
+class StorageUnavailableError(StorageError):
+    """A store gave no answer within the budget for retries."""
 
 
 class ClusterError(RequestError):

@@ -57,12 +57,22 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Parquet:
-    """Describes Parquet data, which each worker opens for itself."""
+    """Describes Parquet data, which each worker opens for itself.
+
+    Numbers, truth values and fixed-size lists of them become tensors: ``uint8[64]`` is ``[samples, 64]``. Bytes, text
+    and lists of any length need ``decode``.
+    """
 
     uri: str
-    """A file, or a folder of files read in the order of their names."""
-    columns: tuple[str, ...] = ()
-    """Columns to read; empty reads all."""
+    """A file, or a folder or ``s3://bucket/prefix`` of files read in the order of their names."""
+    columns: tuple[str, ...] | Mapping[str, str] = ()
+    """Columns to read; empty reads all. A mapping says also what each must hold, and is checked before a run starts:
+    ``{"image": "uint8[3,32,32]", "label": "int64", "png": "bytes", "words": "text", "tokens": "int32[]"}``."""
+    decode: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]] | None = None
+    """Called in the workers with the columns of a micro batch's rows, returns columns of numbers with as many rows.
+
+    Bytes and text arrive as object arrays of ``bytes``, lists of any length as object arrays of arrays. It runs in
+    threads beside the training step, ahead of time, so it must depend on nothing but its argument."""
 
 
 @dataclasses.dataclass(frozen=True)

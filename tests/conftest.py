@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import settings
+
+import s3_server
 
 # The machine is shared: how long one example takes says nothing.
 settings.register_profile("orchestrator", deadline=None)
@@ -32,4 +34,24 @@ def no_gpu() -> str | None:
     return f"no CUDA device here (torch {torch.__version__})"
 
 
-WHY_NOT: dict[str, Callable[[], str | None]] = {"gpu": no_gpu}
+WHY_NOT: dict[str, Callable[[], str | None]] = {"gpu": no_gpu, "s3": s3_server.no_weed}
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.Weed]:
+    """A real S3 server with an empty bucket, for all tests of a session; its address is not in the environment."""
+    server = s3_server.Weed(tmp_path_factory.mktemp("weed"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def s3(weed: s3_server.Weed) -> Iterator[s3_server.Weed]:
+    """The server, with its address and credentials in the environment."""
+    values = {"AWS_ENDPOINT_URL": weed.endpoint, "AWS_REGION": "us-east-1"}
+    values |= {"AWS_ACCESS_KEY_ID": s3_server.KEY, "AWS_SECRET_ACCESS_KEY": s3_server.SECRET}
+    with s3_server.environment(values):
+        yield weed

@@ -245,15 +245,15 @@ def test_an_override_changes_what_it_names(overrides, expected):
         (
             "sed=3",
             (
-                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, evaluation, failures, layout, name, "
-                "planning, policy, recipe, scale, seed, telemetry"
+                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, data, evaluation, failures, layout, "
+                "name, planning, policy, recipe, scale, seed, storage, telemetry"
             ),
         ),
         (
             "recip.batch=3",
             (
-                "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, evaluation, failures, "
-                "layout, planning, policy, recipe, scale, telemetry"
+                "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, data, evaluation, failures, "
+                "layout, planning, policy, recipe, scale, storage, telemetry"
             ),
         ),
         (
@@ -458,3 +458,21 @@ def test_none_is_a_word_where_it_is_a_choice() -> None:
     config = apply_overrides(BASE, ["layout.offload=none", "recipe.clip_norm=none"])
     assert config.layout.offload == "none"
     assert config.recipe.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://host", "host:80", "http://user:secret@host", "http://host/path", "http://host?x=1", "http://host:port"],
+)
+def test_an_endpoint_is_an_address_and_nothing_else(url):
+    assert "without user, password and path" in refusal(f"storage.endpoint_url={url}")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8333", "https://s3.example.org", "http://[::1]:80/"])
+def test_endpoints_that_are_addresses(url):
+    assert apply_overrides(BASE, [f"storage.endpoint_url={url}"]).storage.endpoint_url == url
+
+
+def test_lanes_fit_into_a_window():
+    message = "data: lanes=4 exceeds window=2: a lane is at least one row group"
+    assert refusal("data.lanes=4", "data.window=2") == message

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,20 @@ OPTIONS = {
         "run",
     ],
     "dashboards": ["--json", "--output"],
+    "data check": ["--endpoint-url", "--json", "--quick", "uri"],
+    "data pack": [
+        "--address",
+        "--as",
+        "--endpoint-url",
+        "--json",
+        "--length",
+        "--overwrite",
+        "--row-group-mib",
+        "--seed",
+        "--shuffle",
+        "destination",
+        "source",
+    ],
     "doctor": ["--address", "--folder", "--json", "job"],
     "export": ["--calibrate", "--json", "--out", "--to", "run"],
     "explain": ["--json", "run"],
@@ -138,9 +153,9 @@ def test_the_commands_and_their_options_are_these() -> None:
 
     from orchestrator.cli import app
 
-    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
-    monitor = commands.pop("monitor").commands
-    commands |= {f"monitor {name}": command for name, command in monitor.items()}
+    commands: dict[str, Any] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        commands |= {f"{name} {sub}": c for sub, c in getattr(command, "commands", {}).items()} or {name: command}
     found = {
         name: sorted(
             parameter.name if parameter.param_type_name == "argument" else parameter.opts[0]

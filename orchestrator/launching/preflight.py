@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 # Sections that change what a run says or survives, or on how many workers it goes on, but not what it computes.
-FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint", "scale")
+FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint", "scale", "storage")
+PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,18 @@ def prepare(job: Job) -> tuple[int, int]:
             job.prepare()
         except OSError as error:
             raise DataError(f"the job's prepare step failed: {error}") from error
+    # Whoever waits for the prompt wants to know soon that a store does not answer; the run itself is more patient.
+    budget_s = min(PATIENCE_S, job.config.storage.retry_budget_s)
+    config = job.config.model_copy(
+        update={"storage": job.config.storage.model_copy(update={"retry_budget_s": budget_s})}
+    )
     datasets = job.task.datasets()
-    train_samples = len(open_dataset(datasets.train))
+    train_samples = len(open_dataset(datasets.train, config))
     if train_samples == 0:
         raise DataError("the training set is empty: there is nothing to train on")
     if datasets.evaluation is None:
         return train_samples, 0
-    return train_samples, len(open_dataset(datasets.evaluation))
+    return train_samples, len(open_dataset(datasets.evaluation, config))
 
 
 def _identity(request: RunRequest) -> dict[str, Any]:

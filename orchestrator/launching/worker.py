@@ -123,8 +123,10 @@ class _Worker:
 
         task = self._order.job.task
         datasets = task.datasets()
-        train_set = open_dataset(datasets.train)
-        evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+        train_set = open_dataset(datasets.train, self._order.job.config)
+        evaluation_set = (
+            None if datasets.evaluation is None else open_dataset(datasets.evaluation, self._order.job.config)
+        )
         config = _for_workers(self._order.job.config, self._world_size)
         evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
         plan = make_plan(

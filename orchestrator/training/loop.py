@@ -16,7 +16,7 @@ from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
 from orchestrator.training.cadence import Cadence
 from orchestrator.training.checkpoint import Checkpoints, list_checkpoints
-from orchestrator.training.data import Stream
+from orchestrator.training.data import Batches
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
@@ -64,7 +64,7 @@ def train(run: Training) -> Outcome:
     Raises:
         NonFiniteLossError: more steps in a row than allowed had no finite loss and gradient.
     """
-    stream = Stream(run.plan.train_samples, run.config.seed)
+    batches = Batches(run.train_set, run.config.seed, run.rank, run.config.data)
     state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config)
     run.recorder.begin(state, run.engine.clock.lap())
     state = _over_the_workers(run, state)
@@ -74,10 +74,7 @@ def train(run: Training) -> Outcome:
     while not (reason := run.plan.finished(state)) and not stop:
         run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
-            micro_batches = [
-                run.train_set.take(positions)
-                for positions in stream.micro_batches(state.samples, state.layout, run.rank)
-            ]
+            micro_batches = batches.at(state.samples, state.layout)
         decision = run.scheduler.decide(state)
         stats = run.engine.step(
             micro_batches,
@@ -88,7 +85,8 @@ def train(run: Training) -> Outcome:
         asked_to_stop, save_due, *said = stats.rank_zero_says
         stop = bool(asked_to_stop)
         before, state = state, state.after(stats, run.plan, run.config)
-        run.recorder.step(state, stats, run.engine.clock.lap(), loss_scale=run.engine.loss_scale)
+        lap = run.engine.clock.lap()
+        run.recorder.step(state, stats, lap, run.engine.loss_scale, batches.skipped_samples)
         _refuse_nonfinite(run, state, stats)
         state = _act(run, before, state, decision, said)
         # Before anything is saved: moments and settings of a checkpoint belong to its state.

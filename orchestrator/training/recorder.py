@@ -83,9 +83,18 @@ class Recorder:
             self._publisher.note(self._observer.begin, progress=state.progress, repeated_samples=repeated)
 
     def step(
-        self, state: TrainState, stats: StepStats, parts: Mapping[str, float] | None = None, *, loss_scale: float = 1.0
+        self,
+        state: TrainState,
+        stats: StepStats,
+        parts: Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        skipped_samples: int = 0,
     ) -> None:
-        """Record one optimizer step; ``parts`` are seconds of the wall time since the step before, where known."""
+        """Record one optimizer step.
+
+        ``parts`` are seconds of the wall time since the step before, where known; ``skipped_samples`` those of row
+        groups that this rank could not read until now.
+        """
         self.last_step = state.step
         if self._publisher is not None and parts is not None:
             self._publisher.note(observing.observe_parts, parts)
@@ -106,6 +115,7 @@ class Recorder:
             "step_time_s": stats.step_time_s,
             "samples_per_s": batch / stats.step_time_s,
             "skipped": not stats.finite,
+            "skipped_samples": skipped_samples,
             **({} if parts is None else {"parts": {part: round(seconds, 6) for part, seconds in parts.items()}}),
             **_scheduling(state, stats),
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import DataError
+from orchestrator.config import SGD, DataConfig, FailureConfig, Recipe, RunConfig, Stop
+from orchestrator.errors import CorruptDataError, DataError, StorageUnavailableError
 from orchestrator.job import Parquet
 from orchestrator.planning.layout import Layout
-from orchestrator.training.data import ParquetDataset, Stream, open_dataset, share_of
+from orchestrator.training.data import Batches, Stream, open_dataset, share_of
 
 sizes = st.integers(1, 200)
 seeds = st.integers(0, 2**32 - 1)
@@ -105,6 +108,13 @@ def write(path: Path, **columns: pa.Array | list) -> Path:
     return path
 
 
+def in_mode(mode: str, *, skip: bool = False, **data: Any) -> RunConfig:
+    """A config that says how data is read."""
+    recipe = Recipe(batch=8, optimizer=SGD(learning_rate=0.1), stop=Stop(epochs=1))
+    failures = FailureConfig(on_corrupt_row_group="skip" if skip else "stop")
+    return RunConfig(name="data", recipe=recipe, data=DataConfig(mode=mode, **data), failures=failures)
+
+
 def refusal(source: Parquet) -> str:
     with pytest.raises(DataError) as caught:
         open_dataset(source)
@@ -135,7 +145,7 @@ def test_fixed_size_lists_become_axes(tmp_path: Path) -> None:
 
 def test_numbers_and_truth_values_keep_their_type(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", small=pa.array([1, 2], pa.int16()), real=[0.5, 1.5], flag=[True, False])
-    columns = ParquetDataset.open(Parquet(str(path))).columns
+    columns = open_dataset(Parquet(str(path))).columns
     assert {name: column.dtype.name for name, column in columns.items()} == {
         "small": "int16",
         "real": "float64",
@@ -147,14 +157,14 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     for name, first in (("b/1.parquet", 20), ("10.parquet", 0), ("9.parquet", 10)):
         write(tmp_path / name, label=[first, first + 1], image=fixed([[first], [first + 1]], 1))
     (tmp_path / "notes.txt").write_text("not data")
-    columns = ParquetDataset.open(Parquet(str(tmp_path))).columns
+    columns = open_dataset(Parquet(str(tmp_path))).columns
     assert columns["label"].tolist() == [0, 1, 10, 11, 20, 21]
     assert columns["image"].tolist() == [[0], [1], [10], [11], [20], [21]]
 
 
 def test_only_the_named_columns_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", label=[1, 2], name=["one", "two"])
-    assert set(ParquetDataset.open(Parquet(str(path), columns=("label",))).columns) == {"label"}
+    assert set(open_dataset(Parquet(str(path), columns=("label",))).columns) == {"label"}
 
 
 def test_a_dataset_that_answers_already_is_returned_as_it_is(tmp_path: Path) -> None:
@@ -173,8 +183,10 @@ def test_a_folder_without_parquet(tmp_path: Path) -> None:
     assert refusal(Parquet(str(tmp_path))) == f"{tmp_path}: no *.parquet file in this folder"
 
 
-def test_a_place_that_is_not_local() -> None:
-    assert refusal(Parquet("s3://bucket/data")) == "s3://bucket/data: only local Parquet files and folders can be read"
+def test_a_place_that_is_neither_local_nor_s3() -> None:
+    assert refusal(Parquet("gs://bucket/data")) == (
+        "gs://bucket/data: Parquet is read from folders and from s3://BUCKET/PREFIX"
+    )
 
 
 def test_a_missing_column_is_answered_with_the_likely_one(tmp_path: Path) -> None:
@@ -201,23 +213,27 @@ def test_no_rows(tmp_path: Path) -> None:
 )
 def test_nulls(tmp_path: Path, column: pa.Array, nulls: int) -> None:
     path = write(tmp_path / "a.parquet", label=column)
-    assert refusal(Parquet(str(path))) == f"{path}: column 'label' has {nulls} nulls; fill or drop them first"
+    assert refusal(Parquet(str(path))) == (
+        f"{path}, row group 0: column 'label' has {nulls} nulls; fill or drop them first"
+    )
 
 
 @pytest.mark.parametrize(
     ("column", "kind"),
     [
-        (pa.array(["one", "two"]), "string"),
-        (pa.array([[1], [2, 3]]), "list<element: int64>"),
+        (pa.array(["one", "two"]), "text"),
+        (pa.array([b"one", b"two"]), "bytes"),
+        (pa.array([[1], [2, 3]]), "int64[]"),
         (pa.array([0, 1], pa.timestamp("s")), "timestamp[ms]"),
     ],
-    ids=["text", "lists-of-any-length", "times"],
+    ids=["text", "bytes", "lists-of-any-length", "times"],
 )
 def test_what_is_no_tensor(tmp_path: Path, column: pa.Array, kind: str) -> None:
     path = write(tmp_path / "a.parquet", label=column)
     assert refusal(Parquet(str(path))) == (
         f"{path}: column 'label' holds {kind}, and a tensor holds numbers: write it as numbers or "
-        "fixed-size lists of them, or name the columns to read in Parquet(columns=...)"
+        "fixed-size lists of them, name the columns to read in Parquet(columns=...), or give Parquet a decode function "
+        "for bytes, text and lists"
     )
 
 
@@ -225,7 +241,8 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
     write(tmp_path / "1.parquet", label=[1])
     write(tmp_path / "2.parquet", label=["one"])
     assert refusal(Parquet(str(tmp_path))) == (
-        f"{tmp_path}: its files do not have the same columns and types; write them again"
+        f"{tmp_path}/2.parquet: column 'label' holds text, and int64 in {tmp_path}/1.parquet; write them again with "
+        "the same types"
     )
 
 
@@ -244,6 +261,121 @@ def test_a_corrupt_file(tmp_path: Path, damage: str) -> None:
         }[damage]
     )
     message = refusal(Parquet(str(path)))
-    assert message.startswith(f"{path}: cannot be read as Parquet (")
+    where = f"{path}, row group 0" if damage == "data" else str(path)
+    assert message.startswith(f"{where}: cannot be read as Parquet (")
     assert message.endswith("); write it again")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("declared", "problem"),
+    [
+        ({"image": "uint8[64]"}, "column 'image' holds uint8[2], and the task wants uint8[64]"),
+        ({"label": "float32"}, "column 'label' holds int64, and the task wants float32"),
+        ({"png": "text"}, "column 'png' holds bytes, and the task wants text"),
+        ({"labl": "int64"}, "no column 'labl'; did you mean 'label'? valid: image, label, png"),
+    ],
+)
+def test_columns_are_what_the_task_declares(tmp_path: Path, declared: dict[str, str], problem: str) -> None:
+    path = write(tmp_path / "a.parquet", image=fixed([[1, 2], [3, 4]], 2), label=[1, 2], png=[b"a", b"b"])
+    assert refusal(Parquet(str(path), columns=declared)).startswith(f"{path}: {problem}")
+    open_dataset(Parquet(str(path), columns={"image": "uint8[2]", "label": "int64"}))
+
+
+def test_a_set_that_is_being_packed_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", label=[1])
+    (tmp_path / "_packing").write_text("")
+    assert refusal(Parquet(str(tmp_path))).startswith(f"{tmp_path}: is being packed, or packing it was cut off")
+
+
+# -- decoding ----------------------------------------------------------------------------------
+
+
+def decoded(columns: Any) -> dict[str, Any]:
+    """Lengths and first elements, from bytes, text and lists."""
+    return {
+        "length": np.array([len(data) for data in columns["data"]]),
+        "first": np.array([text[0] for text in columns["words"]]),
+        "last": np.array([numbers[-1] for numbers in columns["tokens"]]),
+        "label": columns["label"],
+    }
+
+
+@pytest.mark.parametrize("mode", ["memory", "streaming"])
+def test_bytes_text_and_lists_pass_through_the_jobs_function(tmp_path: Path, mode: str) -> None:
+    write(tmp_path / "a.parquet", data=[b"1", b"22"], words=["ab", "cd"], tokens=[[1], [2, 3]], label=[0, 1])
+    write(tmp_path / "b.parquet", data=[b"", b"4444"], words=["ef", "gh"], tokens=[[4], [5, 6, 7]], label=[2, 3])
+    data = open_dataset(Parquet(str(tmp_path), decode=decoded), in_mode(mode))
+    assert {name: column.tolist() for name, column in data.take(np.array([3, 0, 2, 2])).items()} == {
+        "length": [4, 1, 0, 0],
+        "first": [ord(c) for c in "gaee"],
+        "last": [7, 1, 4, 4],
+        "label": [3, 0, 2, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [([1, 2], "list"), (np.array(["a", "b"]), "<U1[2]"), (np.zeros((3, 2)), "float64[3, 2]")],
+    ids=["no-array", "no-numbers", "rows"],
+)
+def test_what_a_decode_function_returns_is_checked(tmp_path: Path, wrong: Any, found: str) -> None:
+    path = write(tmp_path / "a.parquet", data=[b"1", b"22"])
+    data = open_dataset(Parquet(str(path), decode=lambda _: {"x": wrong}))
+    with pytest.raises(DataError) as caught:
+        data.take(np.array([0, 1]))
+    assert str(caught.value) == (
+        f"{path}: the decode function returns {found} as column 'x' for 2 rows: return a numpy array of numbers whose "
+        "first axis is the rows"
+    )
+
+
+# -- corrupt row groups ------------------------------------------------------------------------
+
+
+def spoiled(tmp_path: Path, *, groups: set[int]) -> Path:
+    """Five row groups of two rows each, of which these hold other bytes than were written."""
+    path = write(tmp_path / "a.parquet", label=pa.array([10 * n for n in range(10)]))
+    data = bytearray(path.read_bytes())
+    footer = pq.read_metadata(path)
+    for number in groups:
+        column = footer.row_group(number).column(0)
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(bytes(data))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["memory", "streaming"])
+def test_a_corrupt_row_group_stops_the_run(tmp_path: Path, mode: str) -> None:
+    path = spoiled(tmp_path, groups={3})
+    with pytest.raises(CorruptDataError, match=re.escape(f"{path}, row group 3: cannot be read as Parquet")):
+        open_dataset(Parquet(str(path)), in_mode(mode)).take(np.arange(10))
+
+
+@pytest.mark.parametrize("mode", ["memory", "streaming"])
+def test_a_corrupt_row_group_is_skipped_and_counted(
+    tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its samples' places are taken by those of the next one, so that length and order stay."""
+    path = spoiled(tmp_path, groups={1, 4})
+    data = open_dataset(Parquet(str(path)), in_mode(mode, skip=True))
+    assert len(data) == 10
+    assert data.take(np.arange(10))["label"].tolist() == [0, 10, 40, 50, 40, 50, 60, 70, 0, 10]
+    assert Batches(data, 0, 0, DataConfig()).skipped_samples == 4
+    assert f"skipped 2 samples: {path}, row group 4: cannot be read as Parquet" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["memory", "streaming"])
+def test_where_nothing_can_be_read_nothing_is_skipped(tmp_path: Path, mode: str) -> None:
+    path = spoiled(tmp_path, groups={0, 1, 2, 3, 4})
+    with pytest.raises(CorruptDataError, match="and no other row group can be read"):
+        open_dataset(Parquet(str(path)), in_mode(mode, skip=True)).take(np.arange(10))
+
+
+def test_a_file_that_goes_away_is_not_called_corrupt(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", label=[1, 2])
+    data = open_dataset(Parquet(str(path)), in_mode("streaming", skip=True))
+    path.unlink()
+    with pytest.raises(StorageUnavailableError, match="cannot be read"):
+        data.take(np.array([0]))
