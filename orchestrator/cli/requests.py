@@ -45,6 +45,7 @@ def run_request(
     fresh: bool = False,
     force: bool = False,
     checkpoint: str | None = None,
+    probe: bool | None = None,
 ) -> RunRequest:
     from orchestrator.launching.preflight import RunRequest
 
@@ -56,6 +57,7 @@ def run_request(
         fresh=fresh,
         force_config=force,
         from_checkpoint=checkpoint,
+        probe=probe,
     )
 
 

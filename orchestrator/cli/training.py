@@ -33,6 +33,10 @@ def run(
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on from this checkpoint; newer ones are set aside.")
     ] = None,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Try micro batches first; on accelerators by default."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="Leave a torch profiler trace of these steps.")
     ] = None,
@@ -43,7 +47,9 @@ def run(
 
     if profile is not None:
         override = [*(override or []), f"telemetry.profile={profile.replace(':', ',')}"]
-    request = run_request(job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint)
+    request = run_request(
+        job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint, probe=probe
+    )
     with open_display(as_json) as display:
         summary = driver.run(request, Watcher(display))
     finish(summary, as_json)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, WorkerLostError
@@ -25,11 +25,13 @@ from orchestrator.launching.preflight import (
     check_same_run,
     choose_checkpoint,
     finished_summary,
+    identity,
     move_aside,
     prepare,
     run_root,
     write_identity,
 )
+from orchestrator.launching.probe_cache import cache_key, cached, is_wanted, keep, stored_probe
 from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
 from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
@@ -37,6 +39,7 @@ from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.probe import Probe
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.accounting import account
@@ -46,9 +49,14 @@ from orchestrator.telemetry.trackers import Tracking, make_trackers, require_tra
 from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.engine import require_precision
 
+if TYPE_CHECKING:
+    from orchestrator.launching.trainer import Fit
+
 __all__ = ["Imagined", "Listener", "plan_job", "run"]
 
 POLL_S = 0.25
+MOST_PROBES = 3
+"""Of one run: each may show that another combination is the better one, which is then probed."""
 SAME_SIGNAL_S = 0.5
 
 
@@ -158,7 +166,10 @@ def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job
     else:
         with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
             shape = cluster.shape
-    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False), root
+    profiled = profile_job(job, shape)
+    plan = _make_plan(job, shape, sizes, profiled, refuse=False)
+    known = stored_probe(RunFolder(root)) or cached(cache_key(job, identity(request), shape, plan, profiled[0]))
+    return job, plan if known is None else _make_plan(job, shape, sizes, profiled, probe=known, refuse=False), root
 
 
 def _imagined_plan(job: Job, imagined: Imagined) -> tuple[Job, Plan]:
@@ -198,13 +209,16 @@ def _launch(
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
         profiled = profiled or profile_job(job, cluster.shape)  # the embedded cluster has the shape it was traced for
+        from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
+
         plan = _make_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
+        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
+        order, plan = _probed(request, order, plan, sizes, profiled, listener)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
         tracking = Tracking(
             functools.partial(
                 make_trackers,
@@ -216,7 +230,7 @@ def _launch(
         )
         listener = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        attempt = _Fit(order, plan, job.config)
+        attempt = Fit(make_trainer(order, plan, job.config))
         state = "failed"
         try:
             outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
@@ -230,17 +244,55 @@ def _launch(
     return _write_end(folder, job.config, outcome, started)
 
 
+def _probed(
+    request: RunRequest,
+    order: Order,
+    plan: Plan,
+    sizes: tuple[int, int],
+    profiled: tuple[Profile | None, str],
+    listener: Listener,
+) -> tuple[Order, Plan]:
+    """Order and plan with what a probe says: this run's earlier one, one of the same elsewhere, or a new one."""
+    from orchestrator.launching.probing import probe
+
+    folder, job = RunFolder(order.root), order.job
+    if request.probe is False:
+        folder.probe.unlink(missing_ok=True)
+        return order, plan
+    key = cache_key(job, identity(request), order.shape, plan, profiled[0])
+    found = stored_probe(folder) or cached(key)
+    if found is None and is_wanted(request.probe, job.config, plan) and not list_checkpoints(folder.checkpoints):
+        for _ in range(MOST_PROBES):
+            found = probe(order, plan, listener.note)
+            plan = _make_plan(job, order.shape, sizes, profiled, probe=found)
+            if found.matches(plan):
+                break
+        assert found is not None
+        keep(key, found)
+    if found is None:
+        return order, plan
+    write_json(folder.probe, found.to_dict())  # a resumed run makes the same plan
+    return dataclasses.replace(order, probe=found), _make_plan(job, order.shape, sizes, profiled, probe=found)
+
+
 def _make_plan(
     job: Job,
     shape: ClusterShape,
     sizes: tuple[int, int] | Sizes,
     profiled: tuple[Profile | None, str],
     *,
+    probe: Probe | None = None,
     refuse: bool = True,
 ) -> Plan:
     profile, untraced = profiled
     plan = make_plan(
-        job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1], profile=profile, refuse=refuse
+        job.config,
+        shape,
+        train_samples=sizes[0],
+        evaluation_samples=sizes[1],
+        profile=profile,
+        probe=probe,
+        refuse=refuse,
     )
     if untraced:
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"memory and time not known: {untraced}"))
@@ -257,30 +309,8 @@ def _note_resume(folder: RunFolder, listener: Listener) -> None:
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
 
 
-class _Fit:
-    """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
-
-    def __init__(self, order: Order, plan: Plan, config: RunConfig) -> None:
-        self.error: BaseException | None = None
-        from orchestrator.launching.trainer import make_trainer  # Ray reads its environment when it is imported
-
-        self._trainer = make_trainer(order, plan, config)
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self._trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
-            self.error = error
-
-
 def _watch(
-    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
+    attempt: Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
     asked_at: float | None = None
