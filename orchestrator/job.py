@@ -195,6 +195,17 @@ def load(target: str, args: Sequence[str] = (), overrides: Sequence[str] = ()) -
     return dataclasses.replace(job, config=apply_overrides(job.config, overrides))
 
 
+def arguments(target: str, args: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``load`` would call the function with: its parameters by name, defaults among them.
+
+    Raises:
+        JobError: as ``load`` does.
+    """
+    where = f"job {target!r}"
+    module, _, name = target.partition(":")
+    return dict(_bind(where, _function(where, _import(where, module), name), args).arguments)
+
+
 def _import(where: str, name: str) -> types.ModuleType:
     cwd = str(Path.cwd())
     if cwd not in [str(Path(entry).absolute()) for entry in sys.path]:

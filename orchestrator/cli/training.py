@@ -76,11 +76,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what `run` would do, without starting anything; also for a cluster that does not exist."""
-    from orchestrator.launching import driver
     from orchestrator.telemetry.planned import explain_lines, plan_lines
 
-    imagined = driver.Imagined(workers, nodes, accelerator, network)
-    planned, made, folder = driver.plan_job(run_request(job, arg, override, address), imagined)
+    imagined = planner.Imagined(workers, nodes, accelerator, network)
+    planned, made, folder = planner.plan_job(run_request(job, arg, override, address), imagined)
     if deepspeed_config:
         from orchestrator.training.engine import deepspeed_config as rendered
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,26 +18,22 @@ from orchestrator.errors import OrchestratorError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.planner import make_job_plan, probed
 from orchestrator.launching.preflight import (
     RunRequest,
     check_same_run,
     choose_checkpoint,
     finished_summary,
-    identity,
     move_aside,
     prepare,
     run_root,
     write_identity,
 )
-from orchestrator.launching.probe_cache import cache_key, cached, is_wanted, keep, stored_probe
-from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
+from orchestrator.launching.profiling import profile_job
 from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
-from orchestrator.planning.accelerators import accelerator_named
-from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
-from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.planning.probe import Probe
+from orchestrator.planning.plan import Plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.accounting import account
@@ -47,16 +41,13 @@ from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
 from orchestrator.training.checkpoint import list_checkpoints
-from orchestrator.training.engine import require_precision
 
 if TYPE_CHECKING:
     from orchestrator.launching.trainer import Fit
 
-__all__ = ["Imagined", "Listener", "plan_job", "run"]
+__all__ = ["Listener", "run"]
 
 POLL_S = 0.25
-MOST_PROBES = 3
-"""Of one run: each may show that another combination is the better one, which is then probed."""
 SAME_SIGNAL_S = 0.5
 
 
@@ -68,15 +59,6 @@ class Listener(Protocol):
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-class Imagined(NamedTuple):
-    """A cluster that does not exist, as the command line describes it; None: as the job or the table has it."""
-
-    workers: int | None = None
-    nodes: int | None = None
-    accelerator: str | None = None
-    network_gbit_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +114,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     if address is None:
         shape = embedded_shape()
         profiled = profile_job(job, shape)
-        _make_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
+        make_job_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
     if request.fresh and (aside := move_aside(root)) is not None:
         listener.note(f"the earlier run was moved to {aside}")
     folder = RunFolder(root)
@@ -148,48 +130,6 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         return _launch(request, job, folder, lock.driver, sizes, profiled, listener, started)
     finally:
         lock.release()
-
-
-def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, Path]:
-    """The job, the plan that ``run`` would follow, and the run's folder, without starting anything.
-
-    With ``imagined`` the plan is for a cluster that does not exist: data need not be there, and nothing is written.
-    """
-    job = load(request.job, request.args, request.overrides)
-    root = run_root(job.config)
-    if imagined is not None and any(value is not None for value in imagined):
-        return *_imagined_plan(job, imagined), root
-    sizes = prepare(job)
-    address = address_of(request.address)
-    if address is None:
-        shape = embedded_shape()
-    else:
-        with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
-            shape = cluster.shape
-    profiled = profile_job(job, shape)
-    plan = _make_plan(job, shape, sizes, profiled, refuse=False)
-    known = stored_probe(RunFolder(root)) or cached(cache_key(job, identity(request), shape, plan, profiled[0]))
-    return job, plan if known is None else _make_plan(job, shape, sizes, profiled, probe=known, refuse=False), root
-
-
-def _imagined_plan(job: Job, imagined: Imagined) -> tuple[Job, Plan]:
-    scale = job.config.scale
-    most = scale.workers[1] if isinstance(scale.workers, tuple) else scale.workers
-    workers = imagined.workers or most
-    accelerator = accelerator_named(imagined.accelerator or "cpu", job.config.planning.accelerator)
-    scale = scale.model_copy(update={"workers": workers, "accelerators_per_worker": 0 if accelerator.is_cpu else 1})
-    job = dataclasses.replace(job, config=job.config.model_copy(update={"scale": scale}))
-    shape = ClusterShape.imagine(
-        scale,
-        accelerator,
-        workers=workers,
-        nodes=imagined.nodes,
-        network_gbit_per_s=imagined.network_gbit_per_s or 0.0,
-    )
-    if not callable(getattr(job.task, "sample", None)):
-        prepare(job)
-    sizes = data_sizes(job, sample_of(job))
-    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False)
 
 
 def _launch(
@@ -211,10 +151,10 @@ def _launch(
         profiled = profiled or profile_job(job, cluster.shape)  # the embedded cluster has the shape it was traced for
         from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
 
-        plan = _make_plan(job, cluster.shape, sizes, profiled)
+        plan = make_job_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
-        order, plan = _probed(request, order, plan, sizes, profiled, listener)
+        order, plan = probed(request, order, plan, sizes, profiled, listener.note)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
@@ -242,63 +182,6 @@ def _launch(
             teller.end(state)
             tracking.close(state)
     return _write_end(folder, job.config, outcome, started)
-
-
-def _probed(
-    request: RunRequest,
-    order: Order,
-    plan: Plan,
-    sizes: tuple[int, int],
-    profiled: tuple[Profile | None, str],
-    listener: Listener,
-) -> tuple[Order, Plan]:
-    """Order and plan with what a probe says: this run's earlier one, one of the same elsewhere, or a new one."""
-    from orchestrator.launching.probing import probe
-
-    folder, job = RunFolder(order.root), order.job
-    if request.probe is False:
-        folder.probe.unlink(missing_ok=True)
-        return order, plan
-    key = cache_key(job, identity(request), order.shape, plan, profiled[0])
-    found = stored_probe(folder) or cached(key)
-    if found is None and is_wanted(request.probe, job.config, plan) and not list_checkpoints(folder.checkpoints):
-        for _ in range(MOST_PROBES):
-            found = probe(order, plan, listener.note)
-            plan = _make_plan(job, order.shape, sizes, profiled, probe=found)
-            if found.matches(plan):
-                break
-        assert found is not None
-        keep(key, found)
-    if found is None:
-        return order, plan
-    write_json(folder.probe, found.to_dict())  # a resumed run makes the same plan
-    return dataclasses.replace(order, probe=found), _make_plan(job, order.shape, sizes, profiled, probe=found)
-
-
-def _make_plan(
-    job: Job,
-    shape: ClusterShape,
-    sizes: tuple[int, int] | Sizes,
-    profiled: tuple[Profile | None, str],
-    *,
-    probe: Probe | None = None,
-    refuse: bool = True,
-) -> Plan:
-    profile, untraced = profiled
-    plan = make_plan(
-        job.config,
-        shape,
-        train_samples=sizes[0],
-        evaluation_samples=sizes[1],
-        profile=profile,
-        probe=probe,
-        refuse=refuse,
-    )
-    if untraced:
-        plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"memory and time not known: {untraced}"))
-    if not shape.imagined:
-        require_precision(plan)  # this machine speaks for the others; each worker asks again
-    return plan
 
 
 def _note_resume(folder: RunFolder, listener: Listener) -> None:
