@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "load"]
+__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "arguments", "load"]
 
 VERBS = ("datasets", "model", "loss", "metrics")
 TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")

@@ -76,6 +76,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what `run` would do, without starting anything; also for a cluster that does not exist."""
+    from orchestrator.launching import planner
     from orchestrator.telemetry.planned import explain_lines, plan_lines
 
     imagined = planner.Imagined(workers, nodes, accelerator, network)

@@ -271,6 +271,8 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
         best = choose(setting, every)
         if best.fits:
             said.append(f"all of them open to choice, as in {best}")
+    if (batch := _small_enough_batch(setting, space, share)) is not None:
+        said.append(f"layout.global_batch={batch}")
     if (workers := _enough_workers(setting, space)) is not None:
         said.append(f"{workers} workers")
     return said
@@ -283,6 +285,19 @@ def _enough_workers(setting: Setting, space: Space) -> int | None:
         larger = replace(setting, workers=workers, nodes=setting.nodes << doublings)
         if choose(larger, space).fits:
             return workers
+    return None
+
+
+def _small_enough_batch(setting: Setting, space: Space, share: int) -> int | None:
+    """The largest global batch, halving, with which it fits; only a pinned accumulation makes the batch matter."""
+    accumulation = setting.config.layout.accumulation
+    if accumulation == "auto" or setting.config.layout.micro_batch != "auto":
+        return None
+    micro_batch = share // accumulation // 2
+    while micro_batch:
+        if choose(setting, replace(space, layouts=((micro_batch, accumulation),))).fits:
+            return setting.workers * micro_batch * accumulation
+        micro_batch //= 2
     return None
 
 

@@ -144,3 +144,13 @@ def test_the_same_numbers_make_the_same_plan() -> None:
     assert first == second
     assert first.memory is not None
     assert first.to_dict()["memory_bytes"] == first.memory.to_dict()
+
+
+def test_where_accumulation_is_pinned_a_smaller_batch_is_a_remedy() -> None:
+    made = setting({"accumulation": 1, "zero_stage": 1, "activation_checkpointing": False, "offload": "none"})
+    space = space_of(made.config, made.profile, 64, made.workers, on_accelerator=True)
+    assert not choose(made, space).fits
+    said = next(change for change in smallest_changes(made, space, 64) if change.startswith("layout.global_batch="))
+    batch = int(said.partition("=")[2])
+    for size, fits in ((batch, True), (2 * batch, False)):
+        assert choose(made, replace(space, layouts=((size // made.workers, 1),))).fits is fits
