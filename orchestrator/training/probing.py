@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.planning.probe import ACCUMULATION, Trial, next_micro_batch
-from orchestrator.training.data import Dataset
+from orchestrator.job import Dataset
 from orchestrator.training.engine import Engine
 from orchestrator.training.memory import MemoryGauge
 
