@@ -39,6 +39,7 @@ def test_what_lies_where() -> None:
         "report": "report.html",
         "logs": "logs",
         "control": ".control",
+        "probe": "probe.json",
         "failures": ".control/failures",
         "outcome": ".control/outcome.json",
         "stop_request": ".control/stop",
