@@ -1,8 +1,8 @@
 """The multiple-choice knapsack: one option for each owner, at most, so that the values add up to the most that fits.
 
-One device type and no further limits: dynamic programming over the number of devices, exact (Dudzinski & Walukiewicz
-1987, section 2), in one numpy pass per option. Several types, or limits by queue: an integer program, by HiGHS
-(``scipy.optimize.milp``), made small first:
+One device type: dynamic programming over the number of devices, exact (Dudzinski & Walukiewicz 1987, section 2), in one
+numpy pass per option; where queues have limits that together fit, for each queue. Several types: an integer program, by
+HiGHS (``scipy.optimize.milp``), made small first:
 
 1. A price for each limit, found by raising what is asked for too much and lowering what is not, gives an upper bound
    on what can be reached (Lagrange), whatever the prices.
@@ -67,8 +67,14 @@ def solve(problem: Problem) -> Index:
     if len(problem_rows) == 0:
         return np.full(len(problem.idle), -1)
     useful = _only(problem, problem_rows)
-    only_devices = len(problem.capacity) == 1 and len(problem.limit) == 0
-    picked = _by_devices(useful) if only_devices else _integer_program(useful)
+    if len(problem.capacity) > 1:
+        picked = _integer_program(useful)
+    elif len(problem.limit) == 0:
+        picked = _by_devices(useful)
+    elif problem.queue.min() >= 0 and problem.limit.sum() <= problem.capacity[0]:
+        picked = _by_queue(useful)
+    else:
+        picked = _integer_program(useful)
     return np.where(picked >= 0, problem_rows[picked], -1)
 
 
@@ -83,6 +89,16 @@ def _only(problem: Problem, rows: Index) -> Problem:
 
 
 # -- one kind of device ------------------------------------------------------------------------
+
+
+def _by_queue(problem: Problem) -> Index:
+    """Limits that share out the devices: each queue is a problem of its own."""
+    picked = np.full(len(problem.idle), -1)
+    for queue, limit in enumerate(problem.limit):
+        rows = np.flatnonzero(problem.queue[problem.owner] == queue)
+        found = _by_devices(replace(_only(problem, rows), capacity=np.array([limit])))
+        picked = np.where(found >= 0, rows[found] if len(rows) else -1, picked)
+    return picked
 
 
 def _by_devices(problem: Problem) -> Index:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.fleet.cluster import Fleet
 
-__all__ = ["Choice", "Placed", "Wish", "place"]
+__all__ = ["Board", "Choice", "Placed", "Wish", "place"]
 
 Where = Mapping[str, int]
 ATTEMPTS = 4
@@ -60,15 +60,27 @@ class Placed:
 
 
 @dataclass
-class _Board:
+class Board:
     """Free devices, and which runs may still be moved."""
 
     names: list[list[str]]
+    index: list[dict[str, int]]
     free: list[NDArray[np.intp]]
     size: list[int]
     settled: dict[int, Placed] = field(default_factory=dict)
     """Runs by number, with their place."""
     movable: dict[int, Wish] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, fleet: Fleet) -> Board:
+        """With every device free."""
+        names: list[list[str]] = [
+            [name for name, node in fleet.nodes.items() if node.device_type == kind and node.devices]
+            for kind in fleet.types
+        ]
+        free = [np.array([fleet.nodes[name].devices for name in of_kind], np.intp) for of_kind in names]
+        index = [{name: number for number, name in enumerate(of_kind)} for of_kind in names]
+        return cls(names, index, free, list(fleet.node_size))
 
     def fit(self, kind: int, devices: int) -> dict[str, int] | None:
         """The fewest nodes: whole ones, and the fullest that takes what is left; None where there is no room."""
@@ -88,18 +100,21 @@ class _Board:
         return found
 
     def take(self, kind: int, where: Where, sign: int = 1) -> None:
+        """Mark devices as used; as free again with a sign of -1."""
         for name, count in where.items():
-            self.free[kind][self.names[kind].index(name)] -= sign * count
+            self.free[kind][self.index[kind][name]] -= sign * count
 
     def has(self, kind: int, where: Where) -> bool:
         """Whether these very devices are free."""
-        return all(self.free[kind][self.names[kind].index(name)] >= count for name, count in where.items())
+        return all(self.free[kind][self.index[kind][name]] >= count for name, count in where.items())
 
     def settle(self, job: int, placed: Placed) -> None:
+        """Give a run its place."""
         self.take(placed.choice.kind, placed.where)
         self.settled[job] = placed
 
     def lift(self, job: int) -> Placed:
+        """Take a run's place away again."""
         placed = self.settled.pop(job)
         self.take(placed.choice.kind, placed.where, sign=-1)
         return placed
@@ -107,7 +122,7 @@ class _Board:
 
 def place(fleet: Fleet, wishes: Sequence[Wish]) -> dict[int, Placed]:
     """Return where each run goes, by its number; who is missing found no room, or is better off waiting."""
-    board = _empty_board(fleet)
+    board = Board.empty(fleet)
     waiting = []
     for wish in wishes:
         if wish.here is not None and wish.stays == 0:
@@ -121,16 +136,7 @@ def place(fleet: Fleet, wishes: Sequence[Wish]) -> dict[int, Placed]:
     return board.settled
 
 
-def _empty_board(fleet: Fleet) -> _Board:
-    names: list[list[str]] = [
-        [name for name, node in fleet.nodes.items() if node.device_type == kind and node.devices]
-        for kind in fleet.types
-    ]
-    free = [np.array([fleet.nodes[name].devices for name in of_kind], np.intp) for of_kind in names]
-    return _Board(names, free, list(fleet.node_size))
-
-
-def _place_one(board: _Board, wish: Wish) -> None:
+def _place_one(board: Board, wish: Wish) -> None:
     for index, choice in enumerate(wish.choices):
         if choice.value <= wish.idle:
             return
@@ -146,7 +152,7 @@ def _place_one(board: _Board, wish: Wish) -> None:
             return
 
 
-def _cleared(board: _Board, choice: Choice, worth: float) -> Where | None:
+def _cleared(board: Board, choice: Choice, worth: float) -> Where | None:
     """Room made by moving runs together, where that costs less than ``worth``; they are moved when it returns."""
     free = board.free[choice.kind]
     if free.sum() < choice.devices:
@@ -171,13 +177,13 @@ def _cleared(board: _Board, choice: Choice, worth: float) -> Where | None:
     return None
 
 
-def _tenants(board: _Board, kind: int) -> list[list[tuple[int, Wish]]]:
+def _tenants(board: Board, kind: int) -> list[list[tuple[int, Wish]]]:
     """Runs on one node that may be moved, by node, the cheapest first."""
     found: list[list[tuple[int, Wish]]] = [[] for _ in board.names[kind]]
     for job, wish in board.movable.items():
         placed = board.settled[job]
         if placed.choice.kind == kind and len(placed.where) == 1:
-            found[board.names[kind].index(next(iter(placed.where)))].append((job, wish))
+            found[board.index[kind][next(iter(placed.where))]].append((job, wish))
     for tenants in found:
         tenants.sort(key=lambda one: (one[1].moving, one[0]))
     return found
@@ -193,7 +199,7 @@ def _leaving(tenants: list[tuple[int, Wish]], free: int, needed: int) -> list[tu
     return leaving if free >= needed else None
 
 
-def _move(board: _Board, choice: Choice, movers: Mapping[int, Wish]) -> Where | None:
+def _move(board: Board, choice: Choice, movers: Mapping[int, Wish]) -> Where | None:
     """Place ``choice`` and then the movers elsewhere; everything as before where one of them finds no room."""
     before = {job: board.lift(job) for job in movers}
     where = board.fit(choice.kind, choice.devices)

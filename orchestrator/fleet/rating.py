@@ -95,10 +95,8 @@ def options(fleet: Fleet) -> Options:
     goodput = score[best]
     usable = goodput > 0.0
     goodput = np.where(timed[owner], goodput, sizes**UNTIMED_EXPONENT)
-    borrowed = np.array([part.borrowed for part in parts])[part_of]
-    goodput = _as_fast_as_others(
-        goodput, owner, kind, np.where(timed[owner], borrowed, kind), part_of, len(fleet.types)
-    )
+    borrowed = np.where(timed[owner], np.array([part.borrowed for part in parts])[part_of], kind)
+    goodput = _as_fast_as_others(goodput, owner, kind, borrowed, part_of)
     owner = owner[usable]
     starts = np.searchsorted(owner, np.arange(len(fleet.jobs) + 1))
     picked = best[usable]
