@@ -4,13 +4,15 @@
    their devices). Its remaining work in device-seconds is what remains of its progress over that one device's goodput.
    Where the remaining work is not known, a run is expected to need as much again as it has had (Lindy's law: what
    Pareto distributed lengths imply), and ``NEWCOMER_S`` more.
-2. **Weight.** For runs of known lengths whose speed is ``devices ** p`` the mean completion time is least when the sum
-   of ``w_i x speed_i`` is greatest at every moment, with ``w_i = (i^q - (i - 1)^q)^(1/q)``, ``q = 1 / (1 - p)``, i the
-   place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo & Harchol-Balter 2020,
-   arXiv:2011.09676): a weight says how many runs wait for one. That is shortest remaining time first where speed is
-   linear, and shares where it is not. Here speeds are each run's own, and p is ``SCALING``: assumed, not proved.
-3. **Value.** Weight x speed where the remaining work is known, weight x log2(1 + speed) where it is not. Waiting is
-   worth 0.
+2. **Weight.** For runs of known lengths whose speed is ``devices ** p`` without a limit the mean completion time is
+   least when the sum of ``w_i x speed_i`` is greatest at every moment, ``w_i = (i^q - (i - 1)^q)^(1/q)``, ``q = 1 / (1 -
+   p)``, i the place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo & Harchol-Balter 2020,
+   arXiv:2011.09676): a weight says how many runs wait for one. It is shortest remaining time first where speed is
+   linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a few runs do not wait
+   for each other at all: i is the devices that this run and all longer ones could use, over the devices there are, and
+   at least 1. p is ``SCALING``. Assumed, not proved.
+3. **Value.** Weight x speed over the run's highest speed where the remaining work is known: what share of its time a
+   moment saves it. The same of log2(1 + speed) where it is not known. Waiting is worth 0.
 4. **A move must earn its cost.** A running run that changes stands still for its restart: its speed counts ``T / (T +
    cost)``, T the time for which the change will matter: what it still needs, at most ``HORIZON_S``. Stopping it costs
    as much of what it has.
@@ -68,9 +70,12 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     base = _one_device(fleet, rated)
     speed = rated.goodput / base[rated.owner]
     work = _remaining_device_s(fleet, rated, base)
-    weight = _weights(fleet, work)
+    highest = np.zeros(len(jobs))
+    np.maximum.at(highest, rated.owner, speed)
+    highest = np.maximum(highest, 1e-300)
     left_s = work[rated.owner] / speed
     known = np.array([job.remaining_progress is not None for job in jobs], bool)
+    weight = _weights(fleet, rated, work, speed, highest) / _utility(highest, known)
     stays = staying(fleet, rated)
     cost = np.array([max(job.restart_cost_s, 0.0) for job in jobs])
     running = np.array([here is not None for here in fleet.current], bool)
@@ -85,7 +90,7 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     moving[here] = value[row] - weight[here] * _utility(speed[row] * (1.0 - lost), known[here])
     idle[here] = -moving[here]
     bonus, idle_bonus = _deadlines(fleet, rated, left_s + np.where(moves, cost[rated.owner], 0.0), now_s)
-    heaviest = DEADLINE_BONUS * float(weight.max(initial=1.0))
+    heaviest = DEADLINE_BONUS * float((weight * _utility(highest, known)).max(initial=1.0))
     return Worth(value + heaviest * bonus, idle + heaviest * idle_bonus, stays, moving, speed, left_s)
 
 
@@ -121,11 +126,14 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
     return np.maximum(found, 1.0)
 
 
-def _weights(fleet: Fleet, work: Array) -> Array:
+def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: Array) -> Array:
     """Item 2, times the priority; of equals the one submitted first is the heavier."""
-    count = len(fleet.jobs)
-    place = np.empty(count)
-    place[np.lexsort((-np.arange(count), -work))] = np.arange(1, count + 1)
+    most = np.zeros(len(fleet.jobs))
+    at_highest = speed >= (1.0 - 1e-9) * highest[rated.owner]
+    np.maximum.at(most, rated.owner[at_highest], rated.devices[at_highest].astype(float))
+    order = np.lexsort((-np.arange(len(work)), -work / highest))
+    place = np.empty(len(work))
+    place[order] = np.maximum(np.cumsum(most[order]) / max(fleet.devices, 1), 1.0)
     power = 1.0 / (1.0 - SCALING)
     weight = (place**power - (place - 1.0) ** power) ** (1.0 / power)
     priority = np.clip([job.priority for job in fleet.jobs], -STEEPEST, STEEPEST)
