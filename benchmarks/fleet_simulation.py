@@ -149,7 +149,9 @@ class Models:
         key = (app, cluster, sizes)
         if key not in self._fitted:
             self._fitted[key] = fit_step_time(
-                timing for nodes, workers, count in sizes for timing in self._timings(app, cluster, nodes, workers, count)
+                timing
+                for nodes, workers, count in sizes
+                for timing in self._timings(app, cluster, nodes, workers, count)
             )
         return self._fitted[key]
 
@@ -292,7 +294,9 @@ class Outcome:
     histories: list[tuple[str, float, float, list[tuple[float, int]]]]
 
 
-def simulate(apps: Mapping[str, Recorded], models: Models, name: str, policy: Policy, seed: int, s: Settings) -> Outcome:
+def simulate(
+    apps: Mapping[str, Recorded], models: Models, name: str, policy: Policy, seed: int, s: Settings
+) -> Outcome:
     """One workload under one policy, to the end of its last run."""
     return Simulation(apps, models, policy, seed, s).run(name)
 
@@ -459,7 +463,10 @@ class SiaPolicy:
         slowest = np.full(len(fleet.jobs), np.inf)
         np.minimum.at(slowest, rated.owner, rated.goodput)
         factor = np.array(
-            [max((j.age_s - j.restarts * j.restart_cost_s) / (j.age_s + j.restart_cost_s + 1e-9), 0.01) for j in fleet.jobs]
+            [
+                max((j.age_s - j.restarts * j.restart_cost_s) / (j.age_s + j.restart_cost_s + 1e-9), 0.01)
+                for j in fleet.jobs
+            ]
         )
         running = np.array([here is not None for here in fleet.current], bool)
         moved = running[rated.owner] & (stays[rated.owner] != np.arange(len(rated.owner)))

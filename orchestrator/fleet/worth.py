@@ -5,10 +5,10 @@
    Where the remaining work is not known, a run is expected to need as much again as it has had (Lindy's law: what
    Pareto distributed lengths imply), and ``NEWCOMER_S`` more.
 2. **Weight.** For runs of known lengths whose speed is ``devices ** p`` without a limit the mean completion time is
-   least when the sum of ``w_i x speed_i`` is greatest at every moment, ``w_i = (i^q - (i - 1)^q)^(1/q)``, ``q = 1 / (1 -
-   p)``, i the place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo & Harchol-Balter 2020,
-   arXiv:2011.09676): a weight says how many runs wait for one. It is shortest remaining time first where speed is
-   linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a few runs do not wait
+   least when the sum of ``w_i x speed_i`` is greatest at every moment, with ``w_i = (i^q - (i - 1)^q)^(1/q)``,
+   ``q = 1 / (1 - p)``, i the place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo &
+   Harchol-Balter 2020, arXiv:2011.09676): a weight says how many runs wait for one. It is shortest remaining time
+   first where speed is linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a few runs do not wait
    for each other at all: i is the devices that this run and all longer ones could use, over the devices there are, and
    at least 1. p is ``SCALING``. Assumed, not proved.
 3. **Value.** Weight x speed over the run's highest speed where the remaining work is known: what share of its time a
