@@ -1,8 +1,8 @@
 """Many runs on one cluster under each fleet policy: a discrete-event simulation over recorded step times.
 
-    python benchmarks/fleet_simulation.py FOLDER                     # eight workloads of 160 runs on 64 devices
-    python benchmarks/fleet_simulation.py FOLDER --cluster mixed     # three types of devices
-    python benchmarks/fleet_simulation.py FOLDER --write             # page and picture into benchmarks/results/
+    python benchmarks/fleet_simulation.py FOLDER                           # eight workloads of 160 runs on 64 devices
+    python benchmarks/fleet_simulation.py FOLDER --cluster mixed           # three types of devices
+    python benchmarks/fleet_simulation.py FOLDER --seeds 1 --timeline F.svg  # a picture of one workload
 
 FOLDER holds steptime.csv (app, cluster, placement, local_bsz, step_time, sync_time: one digit of ``placement`` per
 node, its devices) and efficiency.csv (app, batch_size, progress, iteration, metric, grad_sqr, grad_var). The recordings
@@ -18,25 +18,23 @@ from __future__ import annotations
 import argparse
 import csv
 import heapq
+import itertools
 import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orchestrator.fleet import Allocation, FairPolicy, FifoPolicy, GoodputPolicy, JobView, Policy
+from orchestrator.fleet.answer import answer
 from orchestrator.fleet.cluster import Fleet
 from orchestrator.fleet.knapsack import Problem, solve
 from orchestrator.fleet.placement import Choice, Wish, place
-from orchestrator.fleet.answer import answer
 from orchestrator.fleet.rating import options
 from orchestrator.fleet.view import Allocations
 from orchestrator.fleet.worth import staying
@@ -44,7 +42,6 @@ from orchestrator.planning.layout import Layout
 from orchestrator.planning.step_time import StepTimeModel, StepTiming, fit_step_time
 from orchestrator.scheduling.noise_scale import statistical_efficiency
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TICK_S = 60.0
 CLUSTERS = {
     "aws": {f"aws-{i:02}": ("aws", 4) for i in range(16)},
@@ -183,7 +180,7 @@ def workload(apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int
     """Runs of every application; half arrive evenly, half in bursts.
 
     The time each would take alone on one device is log-normal, with a median of 40 minutes and a mean of an hour and a
-    half: most are short, and a few make most of the work. Lengths are made up; recorded trainings are stretched to them.
+    half: most are short, a few make most of the work. Lengths are made up; recorded trainings are stretched to them.
     """
     chance = np.random.default_rng([seed, 160])
     types = sorted({kind for kind, _ in CLUSTERS[cluster].values()})
@@ -312,13 +309,14 @@ class Simulation:
         self.active: list[Run] = []
         self.finished: list[Run] = []
         self.events: list[tuple[float, int, str, Any]] = []
+        self.numbers = itertools.count()
         self.decisions, self.decision_s = 0, 0.0
         for arrival in workload(apps, s.cluster, seed, jobs=s.jobs, hours=s.hours):
             self._at(arrival.at_s, "arrival", arrival)
         self._schedule_losses()
 
     def _at(self, at_s: float, kind: str, what: Any) -> None:
-        heapq.heappush(self.events, (at_s, len(self.events) + self.decisions * 1_000_000, kind, what))
+        heapq.heappush(self.events, (at_s, next(self.numbers), kind, what))
 
     def _schedule_losses(self) -> None:
         chance = np.random.default_rng([self.seed, 7])
@@ -448,14 +446,15 @@ class Simulation:
 class SiaPolicy:
     """Sia as published (Jayaram Subramanya et al., SOSP 2023, section 3.4), over the same options and places.
 
-    Minimise the sum of ``(r G) ** p`` with p = -1/2 over the runs that run, and 1.1 for each that does not; G is goodput
-    over that of the run's slowest option, r = (age - restarts x cost) / (age + cost) for every option but the current.
+    Minimise the sum of ``(r G) ** p`` with p = -1/2 over the runs that run, and 1.1 for each that does not; G is
+    goodput over that of the run's slowest option, r = (age - restarts x cost) / (age + cost) for every option but the
+    current one.
     """
 
     power: float = -0.5
     waiting: float = 1.1
 
-    def allocate(self, jobs: Sequence[JobView], nodes: Mapping[str, tuple[str, int]], now_s: float) -> Allocations:
+    def allocate(self, jobs: Sequence[JobView], nodes: Mapping[str, tuple[str, int]], now_s: float) -> Allocations:  # noqa: ARG002
         """Solve, place."""
         fleet = Fleet.of(jobs, nodes)
         rated = options(fleet)
@@ -496,3 +495,143 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "sia": SiaPolicy,
     "goodput": GoodputPolicy,
 }
+
+
+# -- what is told --------------------------------------------------------------------------------
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: one line for each policy, means over the workloads."""
+    lines = [
+        "| policy | mean completion, s | p50 | p99 | first wait, mean, s | restarts a run | device-hours | last end, h |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in dict.fromkeys(one.policy for one in outcomes):
+        mine = [one for one in outcomes if one.policy == name]
+        numbers = np.mean([_numbers(one) for one in mine], axis=0)
+        mean, p50, p99, wait, restarts, used, last = numbers
+        first = f"| `{name}` | {mean:,.0f} | {p50:,.0f} | {p99:,.0f} | {wait:,.0f} "
+        lines.append(f"{first}| {restarts:.1f} | {used:,.0f} | {last:.1f} |")
+    return "\n".join(lines)
+
+
+def _numbers(one: Outcome) -> list[float]:
+    done = np.array(one.completion_s)
+    return [
+        float(done.mean()),
+        *(float(np.quantile(done, q)) for q in (0.5, 0.99)),
+        float(np.mean(one.waits_s)),
+        one.restarts / len(done),
+        one.used_device_s / 3600.0,
+        one.makespan_s / 3600.0,
+    ]
+
+
+def by_workload(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: one line for each workload, mean completion and its 99th percentile under each policy."""
+    names = list(dict.fromkeys(one.policy for one in outcomes))
+    heads = [f"{name} {what}" for what in ("mean", "p99") for name in names]
+    lines = [f"| workload | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
+    for seed in sorted({one.seed for one in outcomes}):
+        found = {one.policy: _numbers(one) for one in outcomes if one.seed == seed}
+        cells = [f"{found[name][index]:,.0f}" for index in (0, 2) for name in names]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SHADES = {1: "#c6dbef", 2: "#9ecae1", 4: "#4292c6", 8: "#2171b5", 16: "#08306b"}
+ROW, WIDTH, TOP, GAP = 1.8, 900, 40, 34
+
+
+def timeline(outcomes: Sequence[Outcome]) -> str:
+    """SVG: for each policy a panel with a line for each run, from its arrival to its end, darker with more devices."""
+    end_s = max(end for one in outcomes for _, _, end, _ in one.histories)
+    panel = ROW * max(len(one.histories) for one in outcomes)
+    height = TOP + len(outcomes) * (panel + GAP) + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 60} {height:.0f}">',
+        "<style>text {font: 12px sans-serif; fill: #333}</style>",
+        f'<rect width="{WIDTH + 60}" height="{height:.0f}" fill="#fff"/>',
+        *_legend(),
+    ]
+    for index, one in enumerate(outcomes):
+        top = TOP + index * (panel + GAP) + 16
+        mean = np.mean(one.completion_s) / 60.0
+        parts.append(f'<text x="30" y="{top - 4:.1f}">{one.policy}: mean completion {mean:.0f} min</text>')
+        parts += _panel(one, top, end_s)
+        parts += _hours(top + panel, end_s)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _legend() -> list[str]:
+    parts = [f'<rect x="30" y="12" width="18" height="10" fill="{WAITING}"/><text x="52" y="21">waits</text>']
+    for index, (devices, shade) in enumerate(SHADES.items()):
+        x = 120 + 70 * index
+        parts.append(f'<rect x="{x}" y="12" width="18" height="10" fill="{shade}"/>')
+        parts.append(f'<text x="{x + 22}" y="21">{devices}</text>')
+    parts.append(f'<text x="{120 + 70 * len(SHADES)}" y="21">devices; one line for each run, by arrival</text>')
+    return parts
+
+
+WAITING = "#f3c9a5"
+
+
+def _panel(one: Outcome, top: float, end_s: float) -> list[str]:
+    """One path for each shade: a dash for each stretch of time."""
+    dashes: dict[str, list[str]] = defaultdict(list)
+    for row, (_, arrived_s, ended_s, history) in enumerate(one.histories):
+        moments = [(arrived_s, 0), *history]
+        for (start, devices), (stop, _) in zip(moments, [*moments[1:], (ended_s, 0)], strict=True):
+            shade = WAITING if devices == 0 else SHADES[max(size for size in SHADES if size <= devices)]
+            x, width = 30 + WIDTH * start / end_s, WIDTH * (stop - start) / end_s
+            if width > 0.05:
+                dashes[shade].append(f"M{x:.1f} {top + ROW * (row + 0.5):.1f}h{width:.1f}")
+    return [
+        f'<path stroke="{shade}" stroke-width="{ROW * 0.9}" d="{"".join(d)}"/>' for shade, d in sorted(dashes.items())
+    ]
+
+
+def _hours(y: float, end_s: float) -> list[str]:
+    hours = range(0, int(end_s / 3600.0) + 1, 2)
+    return [
+        f'<text x="{30 + WIDTH * 3600.0 * hour / end_s:.1f}" y="{y + 12:.1f}" text-anchor="middle">{hour} h</text>'
+        for hour in hours
+    ]
+
+
+def main() -> int:
+    """Simulate and print; the exit code says only whether it ran."""
+    parser = argparse.ArgumentParser(description="Fleet policies over recorded step times.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cluster", choices=CLUSTERS, default="aws")
+    parser.add_argument("--seeds", type=int, default=8, help="workloads")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--jobs", type=int, default=160)
+    parser.add_argument("--hours", type=float, default=8.0, help="over which they arrive")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma separated")
+    parser.add_argument("--learned", action="store_true", help="no model before a size has been run")
+    parser.add_argument("--blind", action="store_true", help="remaining work is not known")
+    parser.add_argument("--timeline", type=Path, help="write a picture of the first workload")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    settings = Settings(asked.cluster, asked.jobs, asked.hours, asked.learned, asked.blind)
+    apps = load(asked.folder)
+    models, outcomes = Models(apps), []
+    for seed in range(asked.first, asked.first + asked.seeds):
+        for name in asked.policies.split(","):
+            began = time.perf_counter()
+            outcomes.append(simulate(apps, models, name, POLICIES[name](), seed, settings))
+            print(f"workload {seed}, {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    if asked.timeline:
+        asked.timeline.write_text(timeline([one for one in outcomes if one.seed == asked.first]), encoding="utf-8")
+    if asked.json:
+        print(json.dumps([{"policy": one.policy, "seed": one.seed, "numbers": _numbers(one)} for one in outcomes]))
+    else:
+        print(f"{settings}\n\n{table(outcomes)}\n\n{by_workload(outcomes)}")
+        mean_ms = 1e3 * sum(one.decision_s for one in outcomes) / sum(one.decisions for one in outcomes)
+        print(f"\nA decision took {mean_ms:.1f} ms in the mean.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

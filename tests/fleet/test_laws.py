@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fleets import NOW_S, clusters, fleets, job, nodes, running
 from orchestrator.errors import ConfigError
 from orchestrator.fleet import POLICIES, Allocations, JobView, Policy, make_policy
-from orchestrator.fleet.cluster import Fleet
 
 Given = tuple[list[JobView], dict[str, tuple[str, int]]]
 QUOTAS = {"a": 4, "b": 6}
@@ -107,11 +106,11 @@ def test_every_run_runs_within_the_bound(cluster: dict[str, tuple[str, int]], co
             JobView(**(vars(view) | {"submitted_s": 10_000.0, "age_s": 60.0 * minute, "attained_device_s": has[name]}))
             for name, view in views.items()
         ]
-        for name, given in policy.allocate(asked, cluster, now_s).items():
-            views[name] = JobView(**(vars(views[name]) | {"current": given}))
-            if given is not None:
+        for name, one in policy.allocate(asked, cluster, now_s).items():
+            views[name] = JobView(**(vars(views[name]) | {"current": one}))
+            if one is not None:
                 first.setdefault(name, 60.0 * minute)
-                has[name] += 60.0 * given.devices
+                has[name] += 60.0 * one.devices
     assert set(first) == set(views)
     assert max(first.values()) <= bound_s
 
