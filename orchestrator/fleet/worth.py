@@ -8,9 +8,9 @@
    least when the sum of ``w_i x speed_i`` is greatest at every moment, with ``w_i = (i^q - (i - 1)^q)^(1/q)``,
    ``q = 1 / (1 - p)``, i the place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo &
    Harchol-Balter 2020, arXiv:2011.09676): a weight says how many runs wait for one. It is shortest remaining time
-   first where speed is linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a few runs do not wait
-   for each other at all: i is the devices that this run and all longer ones could use, over the devices there are, and
-   at least 1. p is ``SCALING``. Assumed, not proved.
+   first where speed is linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a
+   few runs do not wait for each other at all: i is the devices that this run and all longer ones could use, over the
+   devices there are, and at least 1. p is ``SCALING``. Assumed, not proved.
 3. **Value.** Weight x speed over the run's highest speed where the remaining work is known: what share of its time a
    moment saves it. The same of log2(1 + speed) where it is not known. Waiting is worth 0.
 4. **A move must earn its cost.** A running run that changes stands still for its restart: its speed counts ``T / (T +
@@ -37,7 +37,7 @@ Index = NDArray[np.intp]
 SCALING = 0.7
 """Assumption: twice the devices typically bring 2 ** 0.7 = 1.6."""
 NEWCOMER_S = 300.0
-HORIZON_S = 1800.0
+HORIZON_S = (1800.0, 1800.0)
 """Assumption: for how long an allocation typically stays as it is."""
 DEADLINE_BONUS = 4.0
 """In units of the heaviest weight, times the run's priority."""
@@ -79,7 +79,8 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     stays = staying(fleet, rated)
     cost = np.array([max(job.restart_cost_s, 0.0) for job in jobs])
     running = np.array([here is not None for here in fleet.current], bool)
-    matters_s = np.minimum(left_s, HORIZON_S)
+    horizon = np.clip([job.age_s / (1.0 + job.restarts) for job in jobs], *HORIZON_S)
+    matters_s = np.minimum(left_s, horizon[rated.owner])
     moves = running[rated.owner] & (stays[rated.owner] != np.arange(len(speed)))
     kept = np.where(moves, matters_s / (matters_s + cost[rated.owner] + 1e-9), 1.0)
     value = weight[rated.owner] * _utility(speed * kept, known[rated.owner])
