@@ -503,7 +503,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: one line for each policy, means over the workloads."""
     lines = [
-        "| policy | mean completion, s | p50 | p99 | mean first wait, s | restarts a run | device-hours | last end, h |",
+        "| policy | mean completion, s | p50 | p99 | first wait, s | restarts a run | device-hours | last end, h |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in dict.fromkeys(one.policy for one in outcomes):

@@ -9,7 +9,7 @@ The sum of what runs have is maximised exactly (``fleet.knapsack``), under these
    leave); then what is left goes to whoever is worth most, on top of that. Borrowed devices go back when their owner
    asks.
 3. **No losing move.** If what could be placed is worth less than leaving every run where it is, they are left there,
-   and only free devices are given out.
+   and only free devices are given out. (Not with quotas: what an owner takes back may well be worth less to it.)
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class GoodputPolicy:
         due = self._due(fleet)
         judged = _insisting(worth(fleet, rated, now_s), rated, due)
         picked = self._picked(fleet, rated, judged)
-        placed = _best_placed(fleet, rated, judged, picked)
+        placed = _place(fleet, rated, judged, picked)
+        if not self.quotas:
+            placed = _no_worse(fleet, rated, judged, picked, placed)
         notes = {job: ("it had waited its longest",) for job in due if fleet.current[job] is None}
         return answer(fleet, rated, placed, notes, {})
 
@@ -116,13 +118,15 @@ def _insisting(judged: Worth, rated: Options, due: Sequence[int]) -> Worth:
     return replace(judged, idle=idle)
 
 
-def _best_placed(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[int, Placed]:
-    """The places of what was picked; or of what runs now and of what fits beside it, where that is worth more."""
-    wanted = _place(fleet, rated, judged, picked)
-    if all(judged.stays[job] == picked[job] for job in np.flatnonzero(judged.stays >= 0)):
-        return wanted
-    unmoved = _place(fleet, rated, judged, np.where(judged.stays >= 0, judged.stays, picked))
-    return wanted if _total(judged, wanted) >= _total(judged, unmoved) else unmoved
+def _no_worse(
+    fleet: Fleet, rated: Options, judged: Worth, picked: Index, placed: dict[int, Placed]
+) -> dict[int, Placed]:
+    """What was placed; or what runs now and what fits beside it, where that is worth more."""
+    standing = judged.stays >= 0
+    if (judged.stays == picked)[standing].all():
+        return placed
+    unmoved = _place(fleet, rated, judged, np.where(standing, judged.stays, picked))
+    return placed if _total(judged, placed) >= _total(judged, unmoved) else unmoved
 
 
 def _place(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[int, Placed]:
@@ -147,15 +151,16 @@ def _place(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[i
 
 
 def _instead(rated: Options, judged: Worth, job: int, picked: int) -> list[int]:
-    """What was picked, then what takes no more of its type, the best first."""
-    if picked == judged.stays[job]:
+    """What was picked, then what takes no more of its type, or leaves it where it is, the best first."""
+    stays = int(judged.stays[job])
+    if picked == stays:
         return [picked]
     others = [
         row
         for row in rated.of(job)
-        if row != picked and rated.kind[row] == rated.kind[picked] and rated.devices[row] <= rated.devices[picked]
+        if row == stays or (rated.kind[row] == rated.kind[picked] and rated.devices[row] <= rated.devices[picked])
     ]
-    return [picked, *sorted(others, key=lambda row: -judged.value[row])]
+    return [picked, *sorted((row for row in others if row != picked), key=lambda row: -judged.value[row])]
 
 
 def _total(judged: Worth, placed: Mapping[int, Placed]) -> float:
