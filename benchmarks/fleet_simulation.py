@@ -79,6 +79,11 @@ class Recorded:
         one = float(np.interp(layout.micro_batch, micro, step))
         return one + (layout.accumulation - 1) * float(np.interp(layout.micro_batch, micro, accumulation))
 
+    def goodput(self, cluster: str, nodes: int, layout: Layout, noise_scale: float) -> float:
+        """Reference samples per second."""
+        worth = statistical_efficiency(noise_scale, self.batches[0], layout.global_batch)
+        return layout.global_batch / self.step_time_s(cluster, nodes, layout) * float(worth)
+
     def micro_range(self, clusters: Sequence[str], most_workers: int) -> tuple[int, int]:
         """Micro batches that were recorded for every size on every cluster."""
         found = [
@@ -133,10 +138,14 @@ class Models:
         self.apps = apps
         self._fitted: dict[Any, StepTimeModel] = {}
 
-    def profiled(self, app: str, cluster: str) -> StepTimeModel:
-        """From nine timings taken before the run: one device, two, a full node, two full nodes."""
+    def profiled(self, app: str, cluster: str, visited: frozenset[tuple[int, int]]) -> StepTimeModel:
+        """From nine timings before the run (one device, two, a full node, two full nodes), and the sizes it ran at."""
         node = 4 if cluster == "aws" else 8
-        return self._fit(app, cluster, ((1, 1, 3), (1, 2, 2), (1, node, 2), (2, 2 * node, 2)))
+        before = {(1, 1): 3, (1, 2): 2, (1, node): 2, (2, 2 * node): 2}
+        counts = before | dict.fromkeys(visited, 3)
+        return self._fit(
+            app, cluster, tuple((nodes, workers, count) for (nodes, workers), count in sorted(counts.items()))
+        )
 
     def learned(self, app: str, cluster: str, visited: frozenset[tuple[int, int]]) -> StepTimeModel:
         """From the sizes it ran at, three micro batches each."""
@@ -160,6 +169,8 @@ class Models:
 
 # -- workloads -----------------------------------------------------------------------------------
 
+LENGTHS = {"ncf": (0.4, 1200.0, 0.8), "cifar10": (0.4, 7200.0, 0.8), "bert": (0.2, 28800.0, 0.8)}
+"""Share of the runs; median and spread of the time alone on one device, in s and in the natural logarithm."""
 RESTART_COST_S = {"bert": 60.0, "cifar10": 30.0, "ncf": 20.0}
 MOST_WORKERS = 16
 """The largest size that was recorded."""
@@ -177,18 +188,21 @@ class Arrival:
 
 
 def workload(apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int, hours: float) -> list[Arrival]:
-    """Runs of every application; half arrive evenly, half in bursts.
+    """Half of the runs arrive evenly, half in bursts; the time each would take alone on one device is log-normal.
 
-    The time each would take alone on one device is log-normal, with a median of 40 minutes and a mean of an hour and a
-    half: most are short, a few make most of the work. Lengths are made up; recorded trainings are stretched to them.
+    As in the workloads of Pollux and Sia most runs are small and a few make most of the work (``LENGTHS``). Lengths are
+    made up; recorded trainings are stretched to them.
     """
     chance = np.random.default_rng([seed, 160])
     types = sorted({kind for kind, _ in CLUSTERS[cluster].values()})
+    names = sorted(apps)
+    shares = np.array([LENGTHS[name][0] for name in names])
     bursts = chance.uniform(0.0, hours * 3600.0, size=5)
     found = []
     for index in range(jobs):
-        app = sorted(apps)[int(chance.integers(len(apps)))]
-        alone_s = float(np.clip(chance.lognormal(np.log(2400.0), 1.3), 120.0, 24 * 3600.0))
+        app = names[int(chance.choice(len(names), p=shares / shares.sum()))]
+        _, median_s, spread = LENGTHS[app]
+        alone_s = float(np.clip(chance.lognormal(np.log(median_s), spread), 120.0, 48 * 3600.0))
         even = chance.uniform(0.0, hours * 3600.0)
         burst = bursts[chance.integers(len(bursts))] + chance.exponential(300.0)
         at_s = float(even if chance.uniform() < 0.5 else burst)
@@ -199,12 +213,14 @@ def workload(apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int
 def _alone(app: Recorded, types: Sequence[str]) -> float:
     """Goodput of one device, the mean of the types, at the middle of the training and the best batch."""
     noise = float(np.interp(0.5, app.shares, app.noise))
-    reference = app.batches[0]
+    low, high = app.micro_range(types, MOST_WORKERS)
     rates = []
     for kind in types:
-        micro, step, _ = app.times[kind]["1"]
-        batch = np.maximum(micro, 1.0)
-        rates.append(float(np.max(batch / step * statistical_efficiency(noise, reference, batch))))
+        layouts = [
+            Layout(1, m, a) for m in np.unique(np.geomspace(low, high, 12).astype(int)) for a in (1, 2, 4, 8, 16)
+        ]
+        allowed = [one for one in layouts if app.batches[0] <= one.global_batch <= app.batches[1]]
+        rates.append(max(app.goodput(kind, 1, one, noise) for one in allowed))
     return float(np.mean(rates))
 
 
@@ -240,10 +256,9 @@ class Run:
         """Reference samples per second, now."""
         if self.here is None:
             return 0.0
-        layout = self.here.layout
-        step_s = self.app.step_time_s(self.here.device_type, len(self.here.devices_per_node), layout)
-        worth = statistical_efficiency(self.noise_scale, self.app.batches[0], layout.global_batch)
-        return layout.global_batch / step_s * float(worth)
+        return self.app.goodput(
+            self.here.device_type, len(self.here.devices_per_node), self.here.layout, self.noise_scale
+        )
 
     def advance(self, start_s: float, end_s: float) -> None:
         """Go on from one moment to the next, at the rate of the first."""
@@ -266,7 +281,7 @@ class Settings:
     jobs: int = 160
     hours: float = 8.0
     learned: bool = False
-    """Models only of sizes that a run was at, instead of nine timings before it."""
+    """Models only of sizes that a run was at, without the nine timings before it."""
     blind: bool = False
     """Nobody says how much work remains."""
     losses_per_day: float = 12.0
@@ -404,7 +419,7 @@ class Simulation:
         if self.s.learned:
             known = {kind: self.models.learned(name, kind, seen) for kind, seen in run.visited.items()} or None
         else:
-            known = {kind: self.models.profiled(name, kind) for kind in self.types}
+            known = {kind: self.models.profiled(name, kind, run.visited.get(kind, frozenset())) for kind in self.types}
         return JobView(
             name=run.arrival.name,
             submitted_s=run.arrival.at_s,

@@ -8,10 +8,11 @@ HiGHS (``scipy.optimize.milp``), made small first:
    on what can be reached (Lagrange), whatever the prices.
 2. What the owners would take at those prices, cut down to what fits and filled up, is a solution.
 3. An option that costs its owner more than the gap between the two, at those prices, is in no better solution (reduced
-   cost fixing). What is left is a few hundred variables, and usually most owners have no choice left.
+   cost fixing). What is left is usually a few hundred variables, and most owners have no choice left.
 
-Problems up to ``EXACT_ROWS`` options are solved exactly; larger ones to within ``GAP`` of the bound. HiGHS is given no
-limit of time, so that the same input has the same answer on a slow machine.
+Problems up to ``EXACT_ROWS`` options are solved exactly. Of larger ones that are not within ``GAP`` of the bound by then
+the ``EXACT_ROWS`` options that cost least are left open. HiGHS is given no limit of time, so that the same input has the
+same answer on a slow machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 EXACT_ROWS = 2000
-GAP = 1e-3
+GAP = 2e-3
 """Of the bound. The values themselves are predictions, good to percents."""
 ROUNDS = 120
 TOLERANCE = 1e-9
@@ -151,9 +152,12 @@ def _integer_program(problem: Problem) -> Index:
     if gap <= allowed:
         return fallback
     lost = _lost(problem, costs)
-    open_rows = np.flatnonzero(lost[0] <= gap + TOLERANCE)
-    may_idle = lost[1] <= gap + TOLERANCE
-    picked = _milp(problem, open_rows, may_idle, allowed)
+    least = np.argsort(lost[0], kind="stable")[:EXACT_ROWS]
+    # With the solution before among them there is always one.
+    open_rows = np.union1d(least[lost[0][least] <= gap + TOLERANCE], fallback[fallback >= 0])
+    may_idle = (lost[1] <= gap + TOLERANCE) | (fallback < 0)
+    reached = _worth(problem, fallback) - float(problem.idle.sum())
+    picked = _milp(problem, open_rows, may_idle, allowed / max(reached, TOLERANCE))
     if picked is None or _worth(problem, picked) < _worth(problem, fallback):
         return fallback
     return picked
@@ -252,8 +256,10 @@ def _fitting(problem: Problem, costs: Array) -> Index:
     return picked
 
 
-def _milp(problem: Problem, rows: Index, may_idle: NDArray[np.bool_], allowed: float) -> Index | None:
+def _milp(problem: Problem, rows: Index, may_idle: NDArray[np.bool_], gap: float) -> Index | None:
     """The options that are still open, by HiGHS; None where it finds nothing."""
+    if len(rows) == 0:
+        return np.full(len(problem.idle), -1)
     owner, count = problem.owner[rows], len(rows)
     gains = problem.value[rows] - problem.idle[owner]
     matrix, upper, lower = [], [], []
@@ -273,7 +279,6 @@ def _milp(problem: Problem, rows: Index, may_idle: NDArray[np.bool_], allowed: f
         LinearConstraint(one_each.tocsr(), np.where(may_idle[owners], 0.0, 1.0), np.ones(len(owners))),
         LinearConstraint(np.array(matrix), lower, upper),
     ]
-    gap = allowed / max(float(np.abs(gains).sum()), 1e-30)
     found = milp(
         -gains,
         integrality=np.ones(count),

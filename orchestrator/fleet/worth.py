@@ -37,6 +37,7 @@ Index = NDArray[np.intp]
 SCALING = 0.7
 """Assumption: twice the devices typically bring 2 ** 0.7 = 1.6."""
 NEWCOMER_S = 300.0
+BEHIND, PATIENCE_S, MOST_BEHIND = 1.0, 900.0, 3.0
 HORIZON_S = (1800.0, 1800.0)
 """Assumption: for how long an allocation typically stays as it is."""
 DEADLINE_BONUS = 4.0
@@ -72,7 +73,7 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     work = _remaining_device_s(fleet, rated, base)
     highest = np.zeros(len(jobs))
     np.maximum.at(highest, rated.owner, speed)
-    highest = np.maximum(highest, 1e-300)
+    highest[highest == 0.0] = 1.0  # no option at all
     left_s = work[rated.owner] / speed
     known = np.array([job.remaining_progress is not None for job in jobs], bool)
     weight = _weights(fleet, rated, work, speed, highest) / _utility(highest, known)
@@ -137,8 +138,17 @@ def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: A
     place[order] = np.maximum(np.cumsum(most[order]) / max(fleet.devices, 1), 1.0)
     power = 1.0 / (1.0 - SCALING)
     weight = (place**power - (place - 1.0) ** power) ** (1.0 / power)
+    weight = weight * _behind(fleet, most)
     priority = np.clip([job.priority for job in fleet.jobs], -STEEPEST, STEEPEST)
     return np.asarray(weight * 2.0**priority)
+
+
+def _behind(fleet: Fleet, most: Array) -> Array:
+    """Item 3: how far a run is behind an equal share of the cluster over its age."""
+    share = np.minimum(fleet.devices / max(len(fleet.jobs), 1), most)
+    age_s = np.array([job.age_s for job in fleet.jobs])
+    attained = np.array([job.attained_device_s for job in fleet.jobs])
+    return np.clip(BEHIND * share * age_s / (attained + share * PATIENCE_S + 1e-9), 1.0, MOST_BEHIND)
 
 
 def staying(fleet: Fleet, rated: Options) -> Index:

@@ -63,7 +63,7 @@ def test_another_place_is_a_restart_and_the_same_one_is_not() -> None:
     book = with_run().decide(POLICY, EIGHT, 0.0).decide(POLICY, EIGHT, 60.0)
     entry = book.entries["a"]
     assert (entry.restarts, entry.since_s) == (0, 0.0)
-    book = with_run("b", 120.0, book).decide(POLICY, EIGHT, 120.0)
+    book = with_run("b", 120.0, book, workers_range=(1, 4), priority=1).decide(POLICY, EIGHT, 120.0)
     shared = {name: entry.current.devices for name, entry in book.entries.items() if entry.current}
     assert shared == {"a": 4, "b": 4}
     assert (book.entries["a"].restarts, book.entries["a"].since_s) == (1, 120.0)
@@ -132,7 +132,7 @@ def test_a_silent_run_is_forgotten() -> None:
 def test_the_queue_is_told_in_its_order() -> None:
     book = Book()
     for index, name in enumerate(("first", "second", "third")):
-        book = with_run(name, float(index), book, workers_range=(4, 8))
+        book = with_run(name, float(index), book, workers_range=(4, 4))
     book = book.decide(POLICY, EIGHT, 10.0)
     rows = book.rows(10.0)
     assert [row.state for row in rows] == ["running", "running", "waiting"]

@@ -35,7 +35,7 @@ def test_the_shorter_of_two_has_more() -> None:
 
 def test_where_lengths_are_unknown_the_one_that_had_less_has_more() -> None:
     old = job("old", remaining_progress=None, progress=1e8, attained_device_s=1e5, age_s=1000.0)
-    found = decide(old, job("new", remaining_progress=None), cluster=nodes(gpu=(1, 4)))
+    found = decide(old, job("new", remaining_progress=None), cluster=nodes(gpu=(1, 6)))
     assert found["new"] > found["old"]
 
 

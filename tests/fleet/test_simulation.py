@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_what_is_told(apps: dict[str, Recorded]) -> None:
     outcomes = [simulate(apps, Models(apps), name, POLICIES[name](), 1, SMALL) for name in ("fair", "goodput")]
     assert [line.split("|")[1].strip() for line in table(outcomes).splitlines()[2:]] == ["`fair`", "`goodput`"]
     assert by_workload(outcomes).splitlines()[-1].startswith("| 1 | ")
-    picture = ElementTree.fromstring(timeline(outcomes))
+    picture = ET.fromstring(timeline(outcomes))
     assert len([one for one in picture.iter() if one.tag.endswith("path")]) >= 4
 
 
