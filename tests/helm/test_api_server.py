@@ -22,7 +22,7 @@ VALUES: dict[str, Any] = {
     "auth": {"secretName": "ray-token"},
     "gcsFaultTolerance": {"enabled": True, "redis": {"deploy": True}, "passwordSecret": {"name": "redis"}},
 }
-KINDS = "rayclusters,rayjobs,roles,rolebindings,serviceaccounts,configmaps,services,statefulsets,networkpolicies"
+KINDS = "rayclusters,rayjobs,roles,rolebindings,serviceaccounts,configmaps,services,statefulsets,networkpolicies,pdb"
 
 
 def helm(api: Tools, verb: str, *words: str, values: dict[str, Any] | None = None) -> str:
@@ -61,6 +61,7 @@ def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed
     api = installed
     first = present(api)
     assert {"raycluster.ray.io/team-orchestrator", "rayjob.ray.io/team-orchestrator-digits"} <= first
+    assert "poddisruptionbudget.policy/team-orchestrator-workers" in first, "this server has no policy/v1"
     foreign = json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "somebody-elses"}})
     kubectl(api, "apply", "-f", "-", stdin=foreign)
 

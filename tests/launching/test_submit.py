@@ -28,7 +28,11 @@ from commands import REPOSITORY, TIMEOUT_S, Ended, environment
 from orchestrator.errors import ClusterLostError
 from orchestrator.launching.jobs import JobServer
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client says so to aiohttp
+]
 
 TOKEN = "right-token-0123456789"
 DIGITS = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=1")
