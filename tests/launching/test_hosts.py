@@ -107,14 +107,16 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     made = Hosts(tmp_path_factory.mktemp("hosts"), secrets.token_hex(8))
     try:
         made("up")
-        redis = ["redis-server", "--port", "6380", "--bind", "10.77.0.4", "--requirepass", made.password, "--save", ""]
-        made.start(*redis)
+        redis = made.start(
+            *["redis-server", "--port", "6380", "--bind", "10.77.0.4", "--requirepass", made.password, "--save", ""]
+        )
         made.start_head()
         for host in ("w1", "w2"):
             made("start", host, CPUS="2", **HEAD_MAY_GO)
         yield made
     finally:
         made("down")
+    redis.communicate()
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
