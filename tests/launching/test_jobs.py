@@ -183,7 +183,7 @@ def agentless() -> Iterator[str]:
 def test_a_head_whose_agent_never_comes_is_explained(agentless: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="submitting needs ray[default]")
     (tmp_path / "code.zip").write_bytes(b"zip")
-    server = JobServer(agentless, agent_patience_s=1.0)
+    server = JobServer(agentless, agent_patience_s=0.6)
     with pytest.raises(ClusterError, match="another Ray on that machine has the agent's port") as refused:
         server.start(submission(), choose(submission(), []), str(tmp_path / "code.zip"))
     assert "--dashboard-agent-listen-port" in str(refused.value)
