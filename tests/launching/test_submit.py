@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment, in_this_process
 
 from orchestrator.errors import ClusterLostError
 from orchestrator.launching.jobs import JobServer
@@ -155,23 +155,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: Head
 ) -> Iterator[Callable[..., Ended]]:
-    """The command line in this process: all but the start of Python and its imports."""
+    """The command line in this process."""
     from ray._private.authentication_test_utils import reset_auth_token_state
 
-    from orchestrator import cli
-
     def run(*words: str, token: str | None = TOKEN) -> Ended:
-        monkeypatch.chdir(REPOSITORY)
-        monkeypatch.setattr(sys, "argv", ["orchestrator", *words])
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
         for name, value in {"RAY_AUTH_MODE": token and "token", "RAY_AUTH_TOKEN": token}.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
         reset_auth_token_state()  # a process reads them once
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), out, err)
+        return in_this_process(monkeypatch, capsys, *words)
 
     yield run
     monkeypatch.undo()
