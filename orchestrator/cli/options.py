@@ -25,7 +25,9 @@ JobServerAddress = Annotated[
         help="The head's dashboard, http://HEAD:8265; otherwise RAY_API_SERVER_ADDRESS, or this machine.",
     ),
 ]
-SubmittedArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the id of a submission.")]
+SubmittedArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name, for its last attempt, or the id of a submission.")
+]
 Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL", help="A store compatible with S3; otherwise AWS_ENDPOINT_URL, or AWS."),
