@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -11,23 +12,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import RunConfig
 from orchestrator.job import Job
 from orchestrator.launching.failures import describe, restart_cause, write_failure
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
+from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.storage.tally import REQUESTS
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.observing import RunFacts, observe_place
+from orchestrator.telemetry.observing import RunFacts, observe_place, observe_storage
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
+
+if TYPE_CHECKING:
+    from orchestrator.training.memory import MemoryGauge
 
 __all__ = ["Order", "work"]
 
@@ -140,7 +146,7 @@ class _Worker:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
         memory = MemoryGauge(device, _memory_share(device, plan))
-        self._publisher = self._publish(config, attempt, str(device), memory.observe)
+        self._publisher = self._publish(config, attempt, str(device), functools.partial(_sample, memory))
         self._recorder = Recorder(
             self._folder,
             fence,
@@ -186,13 +192,26 @@ class _Worker:
         return publisher
 
 
+def _sample(memory: MemoryGauge, meter: Meter) -> None:
+    """What is only read, once a second: memory, and the trouble that this process had with storage."""
+    memory.observe(meter)
+    for operation, trouble in REQUESTS.troubles().items():
+        observe_storage(meter, operation, retries=trouble.retries, errors=trouble.errors)
+
+
 def _facts(config: RunConfig, plan: Plan) -> RunFacts:
-    telemetry = config.telemetry
+    """FLOPs as the config has them, or else as the planner traced them; the peak of a CPU is never guessed."""
+    telemetry, costing = config.telemetry, plan.costing
+    flops, peak = telemetry.flops_per_sample, telemetry.peak_flops_per_s
+    if costing is not None:
+        flops = flops or costing.flops_per_sample
+        accelerator = accelerator_named(costing.accelerator, config.planning.accelerator)
+        peak = peak or (None if accelerator.is_cpu else accelerator.flops(plan.precision) or None)
     return RunFacts(
         reference_batch=plan.reference_batch,
         tokens_per_sample=telemetry.tokens_per_sample or 0.0,
-        flops_per_sample=telemetry.flops_per_sample,
-        peak_flops_per_s=telemetry.peak_flops_per_s,
+        flops_per_sample=flops,
+        peak_flops_per_s=peak,
     )
 
 
