@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
     from orchestrator.launching.preflight import RunRequest
     from orchestrator.planning.plan import Plan
     from orchestrator.telemetry.progress import Display
@@ -29,10 +30,10 @@ class Watcher:
         self.decision: Callable[[Mapping[str, Any]], None] = display.decision
         self.note: Callable[[str], None] = display.note
 
-    def planned(self, plan: Plan, folder: Path) -> None:
+    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None:
         from orchestrator.telemetry.planned import plan_lines
 
-        self._display.restart()
+        self._display.restart(config.telemetry.progress_interval_s)
         self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
 
 

@@ -39,7 +39,7 @@ from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
-from orchestrator.telemetry.accounting import account
+from orchestrator.telemetry.accounting import account, time_by_part
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
@@ -55,7 +55,7 @@ SAME_SIGNAL_S = 0.5
 class Listener(Protocol):
     """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
 
-    def planned(self, plan: Plan, folder: Path) -> None: ...
+    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
@@ -78,8 +78,8 @@ class _Tracked:
     listener: Listener
     tracking: Tracking
 
-    def planned(self, plan: Plan, folder: Path) -> None:
-        self.listener.planned(plan, folder)
+    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None:
+        self.listener.planned(plan, folder, config)
 
     def step(self, record: Mapping[str, Any]) -> None:
         self.listener.step(record)
@@ -201,7 +201,7 @@ def _launch(
         plan = _make_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
-        listener.planned(plan, folder.root)
+        listener.planned(plan, folder.root, job.config)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
@@ -323,8 +323,15 @@ def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
     """Say so when Ray Train has replaced the workers; returns the attempts that are known now."""
     started = _started(folder)
     if len(started) > known:
-        listener.note(f"workers were lost and replaced; going on from step {started[-1]['step']}")
+        listener.note(_restarted(started[-1]))
     return max(known, len(started))
+
+
+def _restarted(record: Mapping[str, Any]) -> str:
+    cause, repeated = str(record.get("cause") or "").replace("_", " "), record.get("repeated_samples") or 0
+    told = [text for text in (cause, f"{repeated:,} samples are taken again" if repeated else "") if text]
+    line = f"workers were lost and replaced; going on from step {record['step']}"
+    return f"{line} ({'; '.join(told)})" if told else line
 
 
 def _started(folder: RunFolder) -> list[Mapping[str, Any]]:
@@ -377,7 +384,8 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
     last = outcome.get("last") or {}
     existing = list_checkpoints(folder.checkpoints)
     train_time_s = last.get("train_time_s") or 0.0
-    found = account(read(folder.attempts), read(folder.metrics))
+    steps = read(folder.metrics)
+    found = account(read(folder.attempts), steps)
     summary = {
         "name": config.name,
         "state": outcome["state"],
@@ -391,6 +399,8 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "wall_s": time.monotonic() - started,
         "goodput_ratio": found.goodput_ratio(found.last),
         "lost_s": dict(found.lost_s),
+        "restarts": dict(found.restarts),
+        "parts_s": time_by_part(steps),
         "checkpoint": str(existing[-1]) if existing else None,
         "folder": str(folder.root),
         "report": str(folder.report),
