@@ -18,6 +18,7 @@ from orchestrator.telemetry.observing import (
     observe_memory,
     observe_parts,
     observe_state,
+    observe_storage,
 )
 
 FACTS = RunFacts(reference_batch=16, tokens_per_sample=10.0, flops_per_sample=5.0, peak_flops_per_s=1000.0)
@@ -124,6 +125,14 @@ def test_events() -> None:
     assert (counted["checkpoint_blocked_seconds_total"], found["checkpoint_seconds"]) == (1.0, 3.0)
     assert (counted["checkpoint_failures_total"], counted["storage_errors_total|checkpoint"]) == (1, 1)
     assert found["device_memory_peak_bytes"] == 3
+
+
+def test_storage_is_counted_where_it_is_used_and_only_told_here() -> None:
+    meter = Meter()
+    for retries in (3, 5):
+        observe_storage(meter, "write", retries=retries, errors=1)
+    counted = counters(meter)
+    assert (counted["storage_retries_total|write"], counted["storage_errors_total|write"]) == (5, 1)
 
 
 def test_exactly_one_state_holds() -> None:
