@@ -20,7 +20,7 @@ from orchestrator.errors import ClusterError, RequestError
 from orchestrator.launching.hub import forget_the_dead, targets_folder, write_target
 from orchestrator.storage.folder import read_json, write_json, write_text
 from orchestrator.telemetry.dashboards import DASHBOARDS, render
-from orchestrator.telemetry.rules import prometheus_config, rules_file
+from orchestrator.telemetry.rules import SCRAPE_S, prometheus_config, rules_file
 
 __all__ = ["Monitor", "cluster_files", "down", "monitor_folder", "up", "write_cluster_files"]
 
@@ -69,7 +69,7 @@ def monitor_folder() -> Path:
     return targets_folder().parent / "prometheus"
 
 
-def up(folder: Path, *, port: int, hubs: Sequence[str] = ()) -> Monitor:
+def up(folder: Path, *, port: int, hubs: Sequence[str] = (), interval_s: int = SCRAPE_S) -> Monitor:
     """Start Prometheus on loopback, or return the one that runs already.
 
     It finds the hubs of this machine by their files. ``hubs``, each ``HOST:PORT``, are those of clusters elsewhere; a
@@ -99,7 +99,8 @@ def up(folder: Path, *, port: int, hubs: Sequence[str] = ()) -> Monitor:
     targets.mkdir(parents=True, exist_ok=True)
     forget_the_dead(targets)
     write_cluster_files(folder)
-    write_text(folder / CONFIG, prometheus_config(targets=str(targets), rules="rules.yml"))
+    config = prometheus_config(targets=str(targets), rules="rules.yml", interval_s=interval_s)
+    write_text(folder / CONFIG, config)
     pid = _start(program, folder, port)
     found = Monitor(pid, psutil.Process(pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
     write_json(folder / NOTE, vars(found))
