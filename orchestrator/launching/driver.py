@@ -84,6 +84,7 @@ class _Tracked:
     def step(self, record: Mapping[str, Any]) -> None:
         self.listener.step(record)
         self.tracking.step(record)
+        self.tell()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self.listener.evaluation(record)
@@ -94,6 +95,11 @@ class _Tracked:
 
     def note(self, text: str) -> None:
         self.listener.note(text)
+
+    def tell(self) -> None:
+        """Pass on what went wrong with a tracker."""
+        for line in self.tracking.trouble():
+            self.listener.note(line)
 
 
 class _Followers(NamedTuple):
@@ -214,12 +220,12 @@ def _launch(
                 config=job.config.model_dump(mode="json"),
             )
         )
-        listener = _Tracked(listener, tracking)
+        tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
         state = "failed"
         try:
-            outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
+            outcome = _watch(attempt, folder, followers, tracked, teller, job.config.failures.stop_grace_s)
             state = outcome["state"]
         except OrchestratorError:
             _write_end(folder, job.config, {"state": "failed"}, started)
@@ -227,6 +233,7 @@ def _launch(
         finally:
             teller.end(state)
             tracking.close(state)
+            tracked.tell()
     return _write_end(folder, job.config, outcome, started)
 
 

@@ -100,6 +100,8 @@ def test_one_that_fails_is_left_out_and_the_others_go_on() -> None:
     tracking.close("failed")
     assert (failing.steps, failing.state) == ([1], "")
     assert (sound.steps, sound.state) == ([1, 2, 3], "failed")
+    assert tracking.trouble() == ["a tracker failed and is left out from here on: ConnectionError: its server is away"]
+    assert tracking.trouble() == [], "said once"
 
 
 def test_one_that_cannot_be_made_costs_nothing() -> None:
@@ -109,6 +111,7 @@ def test_one_that_cannot_be_made_costs_nothing() -> None:
     tracking = Tracking(make)
     tracking.step(STEPS[0])
     tracking.close("finished")
+    assert len(tracking.trouble()) == 1
 
 
 def test_one_that_hangs_holds_nobody_up() -> None:
