@@ -42,6 +42,7 @@ OPTIONS = {
     "policy.name": "goodput",
     "checkpoint.interval_steps": 60,
     "telemetry.ttl_s": TTL_S,
+    "telemetry.progress_interval_s": 1000,
     "telemetry.tokens_per_sample": TOKENS,
     "telemetry.peak_flops_per_s": PEAK,
 }
@@ -70,7 +71,8 @@ class Monitored:
 
     folder: Path
     url: str
-    err: str
+    said: str
+    """Standard output and error."""
     hub_killed_at: float
     worker_killed_at: float
     stopped_at: float
@@ -350,5 +352,15 @@ def test_the_hub_took_its_address_back(monitored: Monitored) -> None:
     assert list((monitored.folder.parents[1] / "targets").glob("*.json")) == []
 
 
-def test_the_run_says_where_its_metrics_are(monitored: Monitored) -> None:
-    assert re.search(r"^metrics at http://127\.0\.0\.1:\d+/metrics$", monitored.err, re.MULTILINE)
+def test_the_terminal_and_the_report_tell_the_same(monitored: Monitored) -> None:
+    said = monitored.said
+    assert re.search(r"^metrics at http://127\.0\.0\.1:\d+/metrics$", said, re.MULTILINE)
+    assert len(re.findall(r"^step [\d,]+  ", said, re.MULTILINE)) == 2, "the first and the last: a line every 1000 s"
+    again = r"^workers were lost and replaced; going on from step \d+ \(worker lost; [\d,]+ samples are taken again\)$"
+    assert re.search(again, said, re.MULTILINE)
+    assert re.search(r"^  time +\w+ \d+ %  ", said, re.MULTILINE)
+    assert re.search(r"^  goodput +\d+ % of the wall time; lost: ", said, re.MULTILINE)
+    assert re.search(r"^  restarts +1 worker lost$", said, re.MULTILINE)
+    report = (monitored.folder / "report.html").read_text()
+    for words in ("Where the time went", "lost: worker lost", "Decisions", "its workers ended without a word"):
+        assert words in report
