@@ -272,6 +272,11 @@ def test_the_gap_of_the_killed_hub_is_visible_and_nothing_else(monitored: Monito
     assert any(monitored.hub_killed_at < moment < monitored.worker_killed_at for moment in moments)
     starts = {value for _, value in monitored.only("orchestrator_hub_start_timestamp_seconds")}
     assert len(starts) == 2, "the hub was started again"
+    answers = [one for samples in monitored.scraped('up{job="orchestrator"}').values() for one in samples]
+    gone = [moment for moment, up in answers if not up and moment > monitored.hub_killed_at]
+    assert gone
+    back = min(moment for moment in moments if moment > gone[0])
+    assert any(monitored.hub_killed_at < record["time"] < back for record in monitored.steps.values()), "it trained on"
     assert len(monitored.started) == 2, "it cost no attempt; the worker did"
 
 
