@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import re
@@ -43,6 +44,7 @@ OPTIONS = {
     "checkpoint.interval_steps": 60,
     "telemetry.ttl_s": TTL_S,
     "telemetry.progress_interval_s": 1000,
+    "telemetry.trackers": "tensorboard",
     "telemetry.tokens_per_sample": TOKENS,
     "telemetry.peak_flops_per_s": PEAK,
 }
@@ -126,6 +128,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
 
 def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
     words = [sys.executable, "-m", "orchestrator", "run", "jobs.vision:digits", "--arg", "batch=16"]
+    words += ["--profile", "10:12"]
     for name, value in {**OPTIONS, "telemetry.port": free_port()}.items():
         words += ["--set", f"{name}={value}"]
     folder = place / "runs" / "digits"
@@ -356,6 +359,15 @@ def test_rules_are_evaluated(monitored: Monitored) -> None:
 
 def test_the_hub_took_its_address_back(monitored: Monitored) -> None:
     assert list((monitored.folder.parents[1] / "targets").glob("*.json")) == []
+
+
+def test_a_trace_and_a_trackers_files_lie_in_the_runs_folder(monitored: Monitored) -> None:
+    (trace,) = (monitored.folder / "traces").iterdir()
+    assert trace.name == "steps-10-12-rank-0.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "aten::conv2d" in names
+    (events,) = (monitored.folder / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/loss") >= len(monitored.steps)
 
 
 def test_the_terminal_and_the_report_tell_the_same(monitored: Monitored) -> None:
