@@ -66,8 +66,12 @@ MEANINGS = (
     ({"RequestTimeTooSkewed"}, "the clock of this machine is wrong ({code}): set it"),
 )
 AGAIN = re.compile(rb"attempt=(?!1\b)")
-SENT_FOR: dict[str, Operation] = {"GetObject": "read", "HeadObject": "read"}
-SENT_FOR |= {"ListObjectsV2": "list", "DeleteObjects": "delete"}
+SENT_FOR: dict[str, Operation] = {
+    "GetObject": "read",
+    "HeadObject": "read",
+    "ListObjectsV2": "list",
+    "DeleteObjects": "delete",
+}
 """Operation by S3's name of a request; uploads have several more."""
 NO_ANSWER = (ConnectionError, HTTPClientError, IncompleteReadError, FlexibleChecksumError)
 """Refused, dropped, timed out, cut off, or garbled on the way."""
