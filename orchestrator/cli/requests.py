@@ -30,11 +30,14 @@ class Watcher:
         self.decision: Callable[[Mapping[str, Any]], None] = display.decision
         self.note: Callable[[str], None] = display.note
 
-    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None:
+    def planned(self, plan: Plan, folder: Path) -> None:
         from orchestrator.telemetry.planned import plan_lines
 
-        self._display.restart(config.telemetry.progress_interval_s)
+        self._display.restart()
         self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
+
+    def begins(self, config: RunConfig) -> None:
+        self._display.pace(config.telemetry.progress_interval_s)
 
 
 def run_request(

@@ -53,13 +53,14 @@ SAME_SIGNAL_S = 0.5
 
 
 class Listener(Protocol):
-    """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
+    """Hears of a run as it goes. Six verbs: one for each thing a person watches, and how it is to be shown."""
 
-    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None: ...
+    def planned(self, plan: Plan, folder: Path) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def begins(self, config: RunConfig) -> None: ...
 
 
 class Imagined(NamedTuple):
@@ -78,8 +79,8 @@ class _Tracked:
     listener: Listener
     tracking: Tracking
 
-    def planned(self, plan: Plan, folder: Path, config: RunConfig) -> None:
-        self.listener.planned(plan, folder, config)
+    def planned(self, plan: Plan, folder: Path) -> None:
+        self.listener.planned(plan, folder)
 
     def step(self, record: Mapping[str, Any]) -> None:
         self.listener.step(record)
@@ -95,6 +96,9 @@ class _Tracked:
 
     def note(self, text: str) -> None:
         self.listener.note(text)
+
+    def begins(self, config: RunConfig) -> None:
+        self.listener.begins(config)
 
     def tell(self) -> None:
         """Pass on what went wrong with a tracker."""
@@ -122,6 +126,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     """
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
+    listener.begins(job.config)
     require_trackers(job.config.telemetry.trackers)
     root = run_root(job.config)
     sizes = prepare(job)
@@ -207,7 +212,7 @@ def _launch(
         plan = _make_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
-        listener.planned(plan, folder.root, job.config)
+        listener.planned(plan, folder.root)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
@@ -220,12 +225,12 @@ def _launch(
                 config=job.config.model_dump(mode="json"),
             )
         )
-        tracked = _Tracked(listener, tracking)
+        listener = tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = _Fit(order, plan, job.config)
         state = "failed"
         try:
-            outcome = _watch(attempt, folder, followers, tracked, teller, job.config.failures.stop_grace_s)
+            outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
             state = outcome["state"]
         except OrchestratorError:
             _write_end(folder, job.config, {"state": "failed"}, started)

@@ -261,7 +261,7 @@ class _Pause:
         self.folder = folder
         self._share = share
 
-    def planned(self, plan: Plan, _: Path, __: RunConfig) -> None:
+    def planned(self, plan: Plan, _: Path) -> None:
         self._length = float(plan.length or math.inf)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -271,6 +271,7 @@ class _Pause:
     def step(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def begins(self, config: RunConfig) -> None: ...
 
 
 def _text(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.job import Job
@@ -28,12 +28,9 @@ from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.storage.tally import REQUESTS
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.observing import RunFacts, observe_place, observe_storage
+from orchestrator.telemetry.observing import RunFacts, observe_place, observe_requests
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
-
-if TYPE_CHECKING:
-    from orchestrator.training.memory import MemoryGauge
 
 __all__ = ["Order", "work"]
 
@@ -146,7 +143,7 @@ class _Worker:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
         memory = MemoryGauge(device, _memory_share(device, plan))
-        self._publisher = self._publish(config, attempt, str(device), functools.partial(_sample, memory))
+        self._publisher = self._publish(config, attempt, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
             fence,
@@ -187,16 +184,17 @@ class _Worker:
             return None
         client = HubClient(HubSettings.of(config.telemetry))
         source = str(self._rank)
-        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=sample)
+        everything = functools.partial(_sample, sample)
+        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=everything)
         publisher.note(observe_place, socket.gethostname(), device)
         return publisher
 
 
-def _sample(memory: MemoryGauge, meter: Meter) -> None:
+def _sample(memory: Callable[[Meter], None], meter: Meter) -> None:
     """What is only read, once a second: memory, and the trouble that this process had with storage."""
-    memory.observe(meter)
+    memory(meter)
     for operation, trouble in REQUESTS.troubles().items():
-        observe_storage(meter, operation, retries=trouble.retries, errors=trouble.errors)
+        observe_requests(meter, operation, retries=trouble.retries, errors=trouble.errors)
 
 
 def _facts(config: RunConfig, plan: Plan) -> RunFacts:

@@ -23,6 +23,7 @@ __all__ = [
     "observe_memory",
     "observe_parts",
     "observe_place",
+    "observe_requests",
     "observe_run",
     "observe_state",
     "observe_storage",
@@ -69,7 +70,7 @@ class RunObserver:
         meter.count("orchestrator_repeated_samples_total", repeated_samples)
         for kind in KINDS:
             meter.count("orchestrator_decisions_total", 0.0, kind)
-        _storage(meter, "checkpoint", errors=0)
+        observe_storage(meter, "checkpoint", retries=0, errors=0)
         meter.set("orchestrator_checkpoint_timestamp_seconds", time.time())
 
     def step(self, meter: Meter, record: Mapping[str, Any], loss_scale: float) -> None:
@@ -183,15 +184,15 @@ def observe_memory(meter: Meter, *, used: int, reserved: int, peak: int, limit: 
 
 
 def observe_storage(meter: Meter, operation: str, *, retries: int, errors: int) -> None:
-    """How many requests of one operation this process has tried again, and how many failed, since it began."""
-    meter.reach("orchestrator_storage_retries_total", retries, operation)
-    meter.reach("orchestrator_storage_errors_total", errors, operation)
+    """Requests of one operation that had to be tried again, and that failed."""
+    meter.count("orchestrator_storage_retries_total", retries, operation)
+    meter.count("orchestrator_storage_errors_total", errors, operation)
 
 
 def observe_checkpoint_failure(meter: Meter, *, of_storage: bool) -> None:
     """A checkpoint failed, with ``of_storage`` because the store did."""
     meter.count("orchestrator_checkpoint_failures_total")
-    _storage(meter, "checkpoint", errors=int(of_storage))
+    observe_storage(meter, "checkpoint", retries=0, errors=int(of_storage))
 
 
 def observe_run(meter: Meter, info: Mapping[str, str]) -> None:
@@ -204,6 +205,12 @@ def observe_state(meter: Meter, state: str) -> None:
     assert state in STATES, state
     for each in STATES:
         meter.set("orchestrator_run_state", float(each == state), each)
+
+
+def observe_requests(meter: Meter, operation: str, *, retries: int, errors: int) -> None:
+    """The same, as this process counts them elsewhere since it began."""
+    meter.reach("orchestrator_storage_retries_total", retries, operation)
+    meter.reach("orchestrator_storage_errors_total", errors, operation)
 
 
 def observe_account(meter: Meter, found: Account) -> None:
@@ -220,11 +227,6 @@ def observe_account(meter: Meter, found: Account) -> None:
         meter.total("orchestrator_restarts_total", found.restarts.get(cause, 0), cause)
     for cause, count in found.restarts.items():
         meter.total("orchestrator_restarts_total", count, cause)
-
-
-def _storage(meter: Meter, operation: str, *, errors: int) -> None:
-    meter.count("orchestrator_storage_retries_total", 0.0, operation)
-    meter.count("orchestrator_storage_errors_total", errors, operation)
 
 
 def _infinite(bound: float | None) -> float:

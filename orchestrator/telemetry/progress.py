@@ -232,10 +232,13 @@ class Display:
         self._due = -math.inf
         self._pending: Mapping[str, Any] | None = None
 
-    def restart(self, interval_s: float) -> None:
-        """A run begins: forget the steps of the one before, and show its own every ``interval_s`` in plain lines."""
+    def restart(self) -> None:
+        """Forget the steps of the run before: another begins, and its steps count from 1 again."""
         self._estimator = Estimator()
         self._pending = None
+
+    def pace(self, interval_s: float) -> None:
+        """From now on a plain line comes every ``interval_s``; a terminal is redrawn as before."""
         if isinstance(self._screen, _PlainLines):
             self._interval_s = interval_s
 

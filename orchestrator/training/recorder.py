@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from orchestrator.errors import StorageError
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.observation import Decision
 from orchestrator.storage.fence import Fence
@@ -163,7 +162,7 @@ class Recorder:
             yield
         except Exception as error:
             if self._writes and self._publisher is not None:
-                of_storage = isinstance(error, OSError | StorageError)
+                of_storage = isinstance(error, OSError)
                 self._publisher.note(observing.observe_checkpoint_failure, of_storage=of_storage)
             raise
 

@@ -59,7 +59,7 @@ def test_storages_trouble_is_told_with_each_snapshot(monkeypatch: pytest.MonkeyP
     requests.open()
     for _ in range(3):
         requests.retried("write")
-        _sample(gauge, meter)
+        _sample(gauge.observe, meter)
     counted = meter.counted().counters
     assert counted["orchestrator_storage_retries_total", ("write",)] == 3
     assert counted["orchestrator_storage_errors_total", ("read",)] == 0

@@ -17,8 +17,8 @@ from orchestrator.telemetry.observing import (
     observe_checkpoint_failure,
     observe_memory,
     observe_parts,
+    observe_requests,
     observe_state,
-    observe_storage,
 )
 
 FACTS = RunFacts(reference_batch=16, tokens_per_sample=10.0, flops_per_sample=5.0, peak_flops_per_s=1000.0)
@@ -130,7 +130,7 @@ def test_events() -> None:
 def test_storage_is_counted_where_it_is_used_and_only_told_here() -> None:
     meter = Meter()
     for retries in (3, 5):
-        observe_storage(meter, "write", retries=retries, errors=1)
+        observe_requests(meter, "write", retries=retries, errors=1)
     counted = counters(meter)
     assert (counted["storage_retries_total|write"], counted["storage_errors_total|write"]) == (5, 1)
 

@@ -183,7 +183,7 @@ def test_another_run_on_the_same_display_is_timed_anew() -> None:
     stream, clock = io.StringIO(), Clock()
     with Display(stream, interactive=False, interval_s=0.0, clock=clock) as display:
         for run in range(2):
-            display.restart(interval_s=0.0)
+            display.restart()
             for n in (1, 2):
                 display.step(step(n, time=100.0 * run + n))
     first, second = stream.getvalue().splitlines()[1], stream.getvalue().splitlines()[3]
@@ -283,7 +283,7 @@ def test_a_terminal_shows_below_where_the_time_goes(monkeypatch: pytest.MonkeyPa
 def test_a_run_sets_how_often_its_lines_come() -> None:
     stream, clock = io.StringIO(), Clock()
     with Display(stream, interactive=False, interval_s=1000.0, clock=clock) as display:
-        display.restart(interval_s=5.0)
+        display.pace(5.0)
         for n in range(1, 25):
             clock.now = n / 2
             display.step(step(n))
