@@ -76,8 +76,8 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
     dist.broadcast_object_list(token, src=0)
     fence = Fence(folder.control, token[0])
     datasets = job.task.datasets()
-    train_set = open_dataset(datasets.train)
-    evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+    train_set = open_dataset(datasets.train, job.config)
+    evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation, job.config)
     plan = make_plan(
         job.config,
         ClusterShape(nodes=1, cpus=workers),

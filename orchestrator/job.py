@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "load"]
+__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "arguments", "load"]
 
 VERBS = ("datasets", "model", "loss", "metrics")
 TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
@@ -193,6 +193,17 @@ def load(target: str, args: Sequence[str] = (), overrides: Sequence[str] = ()) -
     function = _function(where, module, match["function"])
     job = _call(where, function, args)
     return dataclasses.replace(job, config=apply_overrides(job.config, overrides))
+
+
+def arguments(target: str, args: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``load`` would call the function with: its parameters by name, defaults among them.
+
+    Raises:
+        JobError: as ``load`` does.
+    """
+    where = f"job {target!r}"
+    module, _, name = target.partition(":")
+    return dict(_bind(where, _function(where, _import(where, module), name), args).arguments)
 
 
 def _import(where: str, name: str) -> types.ModuleType:

@@ -107,6 +107,7 @@ OPTIONS = {
         "--fresh",
         "--from-checkpoint",
         "--json",
+        "--probe",
         "--profile",
         "--set",
         "job",

@@ -49,6 +49,7 @@ def run_request(
     fresh: bool = False,
     force: bool = False,
     checkpoint: str | None = None,
+    probe: bool | None = None,
 ) -> RunRequest:
     from orchestrator.launching.preflight import RunRequest
 
@@ -60,6 +61,7 @@ def run_request(
         fresh=fresh,
         force_config=force,
         from_checkpoint=checkpoint,
+        probe=probe,
     )
 
 

@@ -35,6 +35,10 @@ def run(
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on from this checkpoint; newer ones are set aside.")
     ] = None,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Try micro batches first; on accelerators by default."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="Leave a torch profiler trace of these steps.")
     ] = None,
@@ -45,7 +49,9 @@ def run(
 
     if profile is not None:
         override = [*(override or []), _profiled(profile)]
-    request = run_request(job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint)
+    request = run_request(
+        job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint, probe=probe
+    )
     with open_display(as_json) as display:
         summary = driver.run(request, Watcher(display))
     finish(summary, as_json)
@@ -78,11 +84,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what `run` would do, without starting anything; also for a cluster that does not exist."""
-    from orchestrator.launching import driver
+    from orchestrator.launching import planner
     from orchestrator.telemetry.planned import explain_lines, plan_lines
 
-    imagined = driver.Imagined(workers, nodes, accelerator, network)
-    planned, made, folder = driver.plan_job(run_request(job, arg, override, address), imagined)
+    imagined = planner.Imagined(workers, nodes, accelerator, network)
+    planned, made, folder = planner.plan_job(run_request(job, arg, override, address), imagined)
     if deepspeed_config:
         from orchestrator.training.engine import deepspeed_config as rendered
 

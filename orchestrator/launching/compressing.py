@@ -114,7 +114,7 @@ def _orders(request: CompressRequest, trained: Trained) -> dict[str, RunRequest]
     if request.student:
         wanted["distilled"] = (f"student={','.join(request.student)}",)
     overrides = (f"checkpoint.uri={root.parent}",)
-    orders = {n: RunRequest(f"{VARIANTS}:{n}", (*common, *more), overrides) for n, more in wanted.items()}
+    orders = {n: RunRequest(f"{VARIANTS}:{n}", (*common, *more), overrides, probe=False) for n, more in wanted.items()}
     from orchestrator.job import load
 
     for order in orders.values():

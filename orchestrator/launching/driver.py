@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.planner import make_job_plan, probed
 from orchestrator.launching.preflight import (
     RunRequest,
     check_same_run,
@@ -30,13 +29,11 @@ from orchestrator.launching.preflight import (
     run_root,
     write_identity,
 )
-from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
+from orchestrator.launching.profiling import profile_job
 from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
-from orchestrator.planning.accelerators import accelerator_named
-from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
-from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.plan import Plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.accounting import account, time_by_part
@@ -44,9 +41,11 @@ from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
 from orchestrator.training.checkpoint import list_checkpoints
-from orchestrator.training.engine import require_precision
 
-__all__ = ["Imagined", "Listener", "plan_job", "run"]
+if TYPE_CHECKING:
+    from orchestrator.launching.trainer import Fit
+
+__all__ = ["Listener", "run"]
 
 POLL_S = 0.25
 SAME_SIGNAL_S = 0.5
@@ -61,15 +60,6 @@ class Listener(Protocol):
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
     def begins(self, config: RunConfig) -> None: ...
-
-
-class Imagined(NamedTuple):
-    """A cluster that does not exist, as the command line describes it; None: as the job or the table has it."""
-
-    workers: int | None = None
-    nodes: int | None = None
-    accelerator: str | None = None
-    network_gbit_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     if address is None:
         shape = embedded_shape()
         profiled = profile_job(job, shape)
-        _make_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
+        make_job_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
     if request.fresh and (aside := move_aside(root)) is not None:
         listener.note(f"the earlier run was moved to {aside}")
     folder = RunFolder(root)
@@ -151,45 +141,6 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         return _launch(request, job, folder, lock.driver, sizes, profiled, listener, started)
     finally:
         lock.release()
-
-
-def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, Path]:
-    """The job, the plan that ``run`` would follow, and the run's folder, without starting anything.
-
-    With ``imagined`` the plan is for a cluster that does not exist: data need not be there, and nothing is written.
-    """
-    job = load(request.job, request.args, request.overrides)
-    root = run_root(job.config)
-    if imagined is not None and any(value is not None for value in imagined):
-        return *_imagined_plan(job, imagined), root
-    sizes = prepare(job)
-    address = address_of(request.address)
-    if address is None:
-        shape = embedded_shape()
-    else:
-        with tempfile.TemporaryDirectory() as logs, RayCluster.connect(address, log=Path(logs) / "ray.log") as cluster:
-            shape = cluster.shape
-    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False), root
-
-
-def _imagined_plan(job: Job, imagined: Imagined) -> tuple[Job, Plan]:
-    scale = job.config.scale
-    most = scale.workers[1] if isinstance(scale.workers, tuple) else scale.workers
-    workers = imagined.workers or most
-    accelerator = accelerator_named(imagined.accelerator or "cpu", job.config.planning.accelerator)
-    scale = scale.model_copy(update={"workers": workers, "accelerators_per_worker": 0 if accelerator.is_cpu else 1})
-    job = dataclasses.replace(job, config=job.config.model_copy(update={"scale": scale}))
-    shape = ClusterShape.imagine(
-        scale,
-        accelerator,
-        workers=workers,
-        nodes=imagined.nodes,
-        network_gbit_per_s=imagined.network_gbit_per_s or 0.0,
-    )
-    if not callable(getattr(job.task, "sample", None)):
-        prepare(job)
-    sizes = data_sizes(job, sample_of(job))
-    return job, _make_plan(job, shape, sizes, profile_job(job, shape), refuse=False)
 
 
 def _launch(
@@ -209,13 +160,16 @@ def _launch(
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
         profiled = profiled or profile_job(job, cluster.shape)  # the embedded cluster has the shape it was traced for
-        plan = _make_plan(job, cluster.shape, sizes, profiled)
+        from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
+
+        plan = make_job_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
+        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
+        order, plan = probed(request, order, plan, sizes, profiled, listener.note)
         write_json(folder.plan, plan.to_dict())
         listener.planned(plan, folder.root)
         _note_resume(folder, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
         tracking = Tracking(
             functools.partial(
                 make_trackers,
@@ -227,7 +181,7 @@ def _launch(
         )
         listener = tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        attempt = _Fit(order, plan, job.config)
+        attempt = Fit(make_trainer(order, plan, job.config))
         state = "failed"
         try:
             outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
@@ -242,25 +196,6 @@ def _launch(
     return _write_end(folder, job.config, outcome, started)
 
 
-def _make_plan(
-    job: Job,
-    shape: ClusterShape,
-    sizes: tuple[int, int] | Sizes,
-    profiled: tuple[Profile | None, str],
-    *,
-    refuse: bool = True,
-) -> Plan:
-    profile, untraced = profiled
-    plan = make_plan(
-        job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1], profile=profile, refuse=refuse
-    )
-    if untraced:
-        plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"memory and time not known: {untraced}"))
-    if not shape.imagined:
-        require_precision(plan)  # this machine speaks for the others; each worker asks again
-    return plan
-
-
 def _note_resume(folder: RunFolder, listener: Listener) -> None:
     existing = list_checkpoints(folder.checkpoints)
     if existing:
@@ -269,30 +204,8 @@ def _note_resume(folder: RunFolder, listener: Listener) -> None:
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
 
 
-class _Fit:
-    """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
-
-    def __init__(self, order: Order, plan: Plan, config: RunConfig) -> None:
-        self.error: BaseException | None = None
-        from orchestrator.launching.trainer import make_trainer  # Ray reads its environment when it is imported
-
-        self._trainer = make_trainer(order, plan, config)
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self._trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
-            self.error = error
-
-
 def _watch(
-    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
+    attempt: Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
     asked_at: float | None = None

@@ -20,6 +20,7 @@ __all__ = [
     "check_same_run",
     "choose_checkpoint",
     "finished_summary",
+    "identity",
     "move_aside",
     "prepare",
     "run_root",
@@ -36,7 +37,8 @@ class RunRequest:
     """What the command line asks for.
 
     ``job`` is ``module:function``; ``args`` and ``overrides`` are ``name=value`` texts. ``from_checkpoint``
-    names a checkpoint folder to go on from; newer ones are set aside.
+    names a checkpoint folder to go on from; newer ones are set aside. ``probe`` says whether micro batches are tried
+    first; None leaves it to the plan.
     """
 
     job: str
@@ -46,6 +48,7 @@ class RunRequest:
     fresh: bool = False
     force_config: bool = False
     from_checkpoint: str | None = None
+    probe: bool | None = None
 
 
 def run_root(config: RunConfig) -> Path:
@@ -89,7 +92,7 @@ def check_same_run(request: RunRequest, job: Job, folder: RunFolder) -> None:
     new_config = job.config.model_dump(mode="json")
     ours = {key: value for key, value in new_config.items() if key not in FREE_TO_CHANGE}
     theirs = {key: value for key, value in old_config.items() if key not in FREE_TO_CHANGE}
-    changed = differing_fields(theirs, ours) + differing_fields(old_job or {}, _identity(request))
+    changed = differing_fields(theirs, ours) + differing_fields(old_job or {}, identity(request))
     if changed:
         raise RunFolderError(
             f"the run in {folder.root} was started with another configuration:\n  "
@@ -102,7 +105,7 @@ def check_same_run(request: RunRequest, job: Job, folder: RunFolder) -> None:
 def write_identity(request: RunRequest, job: Job, folder: RunFolder) -> None:
     """Write down what this run is, for the next time its command is given."""
     write_json(folder.config, job.config.model_dump(mode="json"))
-    write_json(folder.job, _identity(request))
+    write_json(folder.job, identity(request))
 
 
 def finished_summary(request: RunRequest, folder: RunFolder) -> dict[str, Any] | None:
@@ -167,5 +170,5 @@ def prepare(job: Job) -> tuple[int, int]:
     return train_samples, len(open_dataset(datasets.evaluation, config))
 
 
-def _identity(request: RunRequest) -> dict[str, Any]:
+def identity(request: RunRequest) -> dict[str, Any]:
     return {"job": request.job, "args": sorted(request.args)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
@@ -15,27 +17,85 @@ from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.folder import RunFolder
 
-__all__ = ["StopOnError", "make_trainer"]
+if TYPE_CHECKING:
+    from orchestrator.launching.probing import ProbeOrder
+
+__all__ = ["Fit", "StopOnError", "make_probe_trainer", "make_trainer"]
 
 
 def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
+    return _trainer(
+        work,
+        order,
+        plan,
+        config,
+        workers=config.scale.workers,  # a range is elastic
+        root=order.root,
+        name="ray",
+        restarts=config.failures.max_restarts,
+        callbacks=[StopOnError(order.root)],
+    )
+
+
+def make_probe_trainer(order: ProbeOrder, plan: Plan, config: RunConfig) -> TorchTrainer:
+    """A ``TorchTrainer`` that probes on the planned workers, and is not started again when they end."""
+    from orchestrator.launching.probing import work as work_probe  # which imports this module
+
+    root = order.order.root
+    return _trainer(
+        work_probe, order, plan, config, workers=plan.layout.workers, root=root, name="probe", restarts=0, callbacks=[]
+    )
+
+
+def _trainer(
+    function: Callable[[dict[str, Any]], None],
+    order: Any,
+    plan: Plan,
+    config: RunConfig,
+    *,
+    workers: Any,  # ScalingConfig's annotation knows no ranges
+    root: Path,
+    name: str,
+    restarts: int,
+    callbacks: list[Any],
+) -> TorchTrainer:
     on_gpu = plan.device == "cuda"
     resources = {"CPU": config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
-    workers: Any = config.scale.workers  # a range is elastic; ScalingConfig's annotation lags behind
     return TorchTrainer(
-        work,
+        function,
         train_loop_config={"order": order},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RayRunConfig(
             # Ray keeps its own records here. It is given no checkpoints, so nothing in them decides what exists.
-            name="ray",
-            storage_path=str(RunFolder(order.root).logs),
-            failure_config=FailureConfig(max_failures=config.failures.max_restarts),
-            callbacks=[StopOnError(order.root)],  # type: ignore[list-item]
+            name=name,
+            storage_path=str(RunFolder(root).logs),
+            failure_config=FailureConfig(max_failures=restarts),
+            callbacks=callbacks,
         ),
     )
+
+
+class Fit:
+    """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        self.error: BaseException | None = None
+        self._trainer = trainer
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the workers are still at it."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            self.error = error
 
 
 class StopOnError(UserCallback):

@@ -246,7 +246,7 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
     pause = _Pause(RunFolder(folder / "runs" / name), share)
     try:
-        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto"), pause)
+        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto", probe=False), pause)
     except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
         write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
     values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]

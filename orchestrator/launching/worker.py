@@ -23,6 +23,8 @@ from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.probe import Probe
+from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
@@ -32,7 +34,7 @@ from orchestrator.telemetry.observing import RunFacts, observe_place, observe_re
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
 
-__all__ = ["Order", "work"]
+__all__ = ["Order", "device_of", "memory_share", "output_in", "work"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Order:
     """Names the driver that gave the order: a worker whose driver has been replaced does not begin."""
     profile: Profile | None = None
     """The model as the driver traced it: from the same numbers every worker makes the same plan."""
+    probe: Probe | None = None
+    """What was measured of it."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -55,7 +59,7 @@ def work(order: dict[str, Order]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     folder = RunFolder(order["order"].root)
-    with _output_in(folder.logs / f"worker-{rank}.log"):
+    with output_in(folder.logs / f"worker-{rank}.log"):
         worker = _Worker(order["order"], folder, rank, world_size)
         try:
             worker.train()
@@ -138,11 +142,17 @@ class _Worker:
             train_samples=len(train_set),
             evaluation_samples=evaluation_samples,
             profile=self._order.profile,
+            probe=self._order.probe,
         )
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
-        device = _device(plan)
-        memory = MemoryGauge(device, _memory_share(device, plan))
+        device = device_of(plan)
+        memory = MemoryGauge(device, memory_share(device, plan))
+        probe = self._order.probe
+        measured = probe if probe is not None and probe.matches(plan) else None
+        if measured is not None:
+            memory.peaks.update(measured.peaks)
+            memory.refused = measured.refused
         self._publisher = self._publish(config, attempt, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
@@ -173,6 +183,7 @@ class _Worker:
             tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
             stop_requested=self._folder.stop_request.exists,
+            times=StepTimes() if measured is None else measured.step_times(),
             **_past(self._folder),
         )
 
@@ -229,7 +240,7 @@ def _layout_key(plan: Plan) -> dict[str, Any]:
     return {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
 
 
-def _device(plan: Plan) -> Any:
+def device_of(plan: Plan) -> Any:
     """This worker's device. Never the CPU in silence where an accelerator was planned."""
     import torch
     from ray.train.torch import get_device
@@ -238,11 +249,11 @@ def _device(plan: Plan) -> Any:
     if device.type != plan.device:
         raise RuntimeError(f"planned for {plan.device}, but this worker's torch sees {device.type}: check its drivers")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.setdevice_of(device)
     return device
 
 
-def _memory_share(device: Any, plan: Plan) -> int:
+def memory_share(device: Any, plan: Plan) -> int:
     """Bytes this worker may take: its accelerator's, or its part of what container or machine offer."""
     import psutil
     import torch
@@ -254,7 +265,7 @@ def _memory_share(device: Any, plan: Plan) -> int:
 
 
 @contextmanager
-def _output_in(path: Path) -> Iterator[None]:
+def output_in(path: Path) -> Iterator[None]:
     """Send all this process prints, in any language, to ``path``."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,12 +7,14 @@
 3. On CPUs a step's time is a guess, so the order decides alone: fewest micro batches, no checkpointing, lowest stage.
 4. Stage 0 is taken where it is asked for, for one worker, and for LAMB: in stage 1 the state is shared at next to no
    cost. Stage 1 comes before stage 2 by its time wherever there is accumulation (2 a + 1 volumes against 3).
+5. Where a probe has run, its numbers correct memory and times (``probe.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ from orchestrator.planning.memory import (
     memory_use,
     optimizer_bytes,
 )
+from orchestrator.planning.probe import ACCUMULATION, Correction, Probe
 from orchestrator.planning.roofline import StepParts, step_parts
 
 __all__ = ["Choice", "Setting", "Space", "best_of_each_stage", "choose", "smallest_changes", "space_of"]
@@ -52,11 +55,87 @@ class Setting:
     """What a worker's device holds."""
     host_bytes: int | None
     """Host memory for each worker, where it is known: what is offloaded must go somewhere."""
+    probe: Probe | None = None
+    """What was measured of this model on these devices."""
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """What torch calls it."""
         return "cpu" if self.accelerator.is_cpu else "cuda"
+
+    @cached_property
+    def correction(self) -> Correction | None:
+        """What the probe does to predictions; None without one."""
+        probe = self.probe
+        if probe is None or not probe.peaks:
+            return None
+        if probe.activation_checkpointing and self.profile.checkpointed is None:
+            return None
+        stage, offload, checkpointing = probe.combination
+        fixed = fixed_use(
+            self.profile, self.config, zero_stage=stage, workers=probe.workers, offload=offload, device=self.device
+        )
+        # A process is measured with all that is in it, a device by its allocator, which the context is beside.
+        beside = fixed["host"] + (0 if self.device == "cpu" else fixed["context"])
+        return Correction.of(
+            probe,
+            fixed_bytes=sum(fixed.values()) - beside,
+            peak_bytes=lambda size: float(activation_bytes(self.profile, checkpointing, size)[1]),
+            step_time_s=lambda size: float(
+                self.roofline(stage, offload, checkpointing, size, ACCUMULATION, probe.workers, probe.nodes).total
+            ),
+        )
+
+    def roofline(
+        self,
+        stage: int,
+        offload: Offload,
+        checkpointing: bool,
+        micro_batch: Any,
+        accumulation: Any,
+        workers: int,
+        nodes: int,
+    ) -> StepParts:
+        """Predicted times, before any correction."""
+        return step_parts(
+            self.profile,
+            self.accelerator,
+            zero_stage=stage,
+            workers=workers,
+            nodes=nodes,
+            offload=offload,
+            checkpointing=checkpointing,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            optimizer_bytes=optimizer_bytes(self.config),
+        )
+
+    def steps(
+        self, stage: int, offload: Offload, checkpointing: bool, micro_batch: Any, accumulation: Any
+    ) -> StepParts:
+        """Times of a step, corrected by what was measured."""
+        parts = self.roofline(stage, offload, checkpointing, micro_batch, accumulation, self.workers, self.nodes)
+        if self.correction is None:
+            return parts
+        model = self.correction.probe.model
+        if model is None or not self._probed(stage, offload, checkpointing):
+            return parts.scaled(self.correction.slowdown)
+        measured = model.step_time_s(
+            nodes=self.nodes, workers=self.workers, micro_batch=micro_batch, accumulation=accumulation
+        )
+        return parts.scaled(measured / parts.total)
+
+    def ran_out(self, stage: int, offload: Offload, checkpointing: bool, micro_batch: Any) -> Any:
+        """Whether a rank was seen to run out of memory at such a micro batch, or at a smaller one."""
+        refused = None if self.probe is None else self.probe.refused
+        if refused is None or not self._probed(stage, offload, checkpointing):
+            return np.zeros(np.shape(micro_batch), dtype=bool)
+        return np.asarray(micro_batch) >= refused
+
+    def _probed(self, stage: int, offload: str, checkpointing: bool) -> bool:
+        assert self.probe is not None
+        same_workers = (self.probe.workers, self.probe.nodes) == (self.workers, self.nodes)
+        return same_workers and self.probe.combination == (stage, offload, checkpointing)
 
 
 @dataclass(frozen=True)
@@ -192,6 +271,8 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
         best = choose(setting, every)
         if best.fits:
             said.append(f"all of them open to choice, as in {best}")
+    if (batch := _small_enough_batch(setting, space, share)) is not None:
+        said.append(f"layout.global_batch={batch}")
     if (workers := _enough_workers(setting, space)) is not None:
         said.append(f"{workers} workers")
     return said
@@ -204,6 +285,19 @@ def _enough_workers(setting: Setting, space: Space) -> int | None:
         larger = replace(setting, workers=workers, nodes=setting.nodes << doublings)
         if choose(larger, space).fits:
             return workers
+    return None
+
+
+def _small_enough_batch(setting: Setting, space: Space, share: int) -> int | None:
+    """The largest global batch, halving, with which it fits; only a pinned accumulation makes the batch matter."""
+    accumulation = setting.config.layout.accumulation
+    if accumulation == "auto" or setting.config.layout.micro_batch != "auto":
+        return None
+    micro_batch = share // accumulation // 2
+    while micro_batch:
+        if choose(setting, replace(space, layouts=((micro_batch, accumulation),))).fits:
+            return setting.workers * micro_batch * accumulation
+        micro_batch //= 2
     return None
 
 
@@ -231,20 +325,11 @@ def _costed(setting: Setting, space: Space) -> Iterator[Choice]:
         on_device = sum(fixed.values()) - fixed["host"]
         has_host = setting.host_bytes is None or fixed["host"] <= setting.host_bytes
         for checkpointing in space.checkpointings:
-            _, peak = activation_bytes(setting.profile, checkpointing, micro)
-            totals = on_device + (1 + FRAGMENTATION) * peak
-            steps = step_parts(
-                setting.profile,
-                setting.accelerator,
-                zero_stage=stage,
-                nodes=setting.nodes,
-                offload=offload,
-                checkpointing=checkpointing,
-                micro_batch=micro,
-                accumulation=times,
-                optimizer_bytes=optimizer_bytes(setting.config),
-                **shape,
-            )
+            correction = setting.correction
+            _, peak = activation_bytes(setting.profile, checkpointing, micro, correction)
+            totals = on_device + (1 + FRAGMENTATION) * peak + (0.0 if correction is None else correction.extra_bytes)
+            totals = np.where(setting.ran_out(stage, offload, checkpointing, micro), np.inf, totals)
+            steps = setting.steps(stage, offload, checkpointing, micro, times)
             for index in _worth_a_look(totals, steps.total, setting.capacity_bytes):
                 size = int(micro[index])
                 yield Choice(
@@ -261,6 +346,7 @@ def _costed(setting: Setting, space: Space) -> Iterator[Choice]:
                         checkpointing=checkpointing,
                         micro_batch=size,
                         device=setting.device,
+                        correction=correction,
                         **shape,
                     ),
                     step=steps.at(index),

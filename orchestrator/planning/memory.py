@@ -20,7 +20,8 @@
    in the micro batch, traced. The batch itself is in the former.
 5. **Fragmentation**: ``FRAGMENTATION`` of 4. Assumption, from one published run (8 B parameters, 8 ranks, compiled:
    12 % above what was predicted without temporaries; here these are traced, so half of it).
-6. **Context**: CUDA, NCCL and cuBLAS, 1.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
+6. **Measured**: what a probe found beside the lines above, which may be less than nothing (``probe.py``).
+7. **Context**: CUDA, NCCL and cuBLAS, 1.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from numpy.typing import ArrayLike
 
 from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.costs import Profile
+from orchestrator.planning.probe import Correction
 
 __all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "MemoryUse", "States", "memory_use", "model_state_bytes"]
 
@@ -147,6 +149,8 @@ class MemoryUse:
     temporaries: int
     fragmentation: int
     context: int
+    measured: int = 0
+    """Found by a probe beside the rest; negative where the rest is too much."""
     host: int = 0
 
     @property
@@ -169,23 +173,27 @@ def memory_use(
     checkpointing: bool,
     micro_batch: int,
     device: Literal["cpu", "cuda"],
+    correction: Correction | None = None,
 ) -> MemoryUse:
     """The whole breakdown of one choice."""
     fixed = fixed_use(profile, config, zero_stage=zero_stage, workers=workers, offload=offload, device=device)
-    kept, peak = activation_bytes(profile, checkpointing, micro_batch)
+    kept, peak = activation_bytes(profile, checkpointing, micro_batch, correction)
     return MemoryUse(
         **fixed,
         activations=int(kept),
         temporaries=int(peak - kept),
         fragmentation=int(FRAGMENTATION * peak),
+        measured=0 if correction is None else int(correction.extra_bytes),
     )
 
 
-def activation_bytes(profile: Profile, checkpointing: bool, micro_batch: ArrayLike) -> tuple[Any, Any]:
+def activation_bytes(
+    profile: Profile, checkpointing: bool, micro_batch: ArrayLike, correction: Correction | None = None
+) -> tuple[Any, Any]:
     """What is kept for the backward pass with the batch itself, and the peak; floats or arrays like ``micro_batch``."""
-    work = profile.of(checkpointing)
+    work, factor = profile.of(checkpointing), 1.0 if correction is None else correction.factor
     kept = work.kept_bytes.at(micro_batch) + profile.sample_bytes * np.asarray(micro_batch, dtype=float)
-    return kept, np.maximum(kept, work.peak_bytes.at(micro_batch))
+    return factor * kept, factor * np.maximum(kept, work.peak_bytes.at(micro_batch))
 
 
 def fixed_use(

@@ -8,23 +8,15 @@ from typing import Any, Literal, Protocol
 
 from orchestrator.config import Fixed, Ramp, RunConfig, Stop
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.planning.accelerators import Accelerator, accelerator_named, recognise
-from orchestrator.planning.choice import (
-    Choice,
-    Setting,
-    Space,
-    best_of_each_stage,
-    choose,
-    smallest_changes,
-    space_of,
-)
+from orchestrator.planning.choice import Setting
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costing import Costing, cost, setting_of
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.layout import Layout, lay_out
 from orchestrator.planning.memory import MemoryUse
-from orchestrator.planning.roofline import StepParts
+from orchestrator.planning.probe import Probe
 
-__all__ = ["Alternative", "Costing", "Plan", "Standing", "make_plan", "planned_precision"]
+__all__ = ["Plan", "Standing", "make_plan", "planned_precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # Compute capability below 8.0 (Ampere) has no bf16 units: NVIDIA's CUDA programming guide, table of arithmetic.
@@ -40,51 +32,6 @@ class Standing(Protocol):
     def train_time_s(self) -> float: ...
     @property
     def evaluation(self) -> dict[str, float] | None: ...
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """The best of another ZeRO stage."""
-
-    zero_stage: int
-    offload: str
-    activation_checkpointing: bool
-    micro_batch: int
-    accumulation: int
-    memory_bytes: int
-    step_time_s: float
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Costing:
-    """What the plan expects of memory, time and money, before anything has been timed."""
-
-    fits: bool
-    memory: MemoryUse
-    device_memory_bytes: int
-    accelerator: str
-    step: StepParts
-    step_time_s: float
-    samples_per_s: float
-    mfu: float
-    """Model FLOPs, each counted once, as a share of the peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
-    parameters: int
-    flops_per_sample: float
-    alternatives: tuple[Alternative, ...]
-    changes: tuple[str, ...]
-    """Where it does not fit: single changes with which it would, the mildest first."""
-    confidence: str
-    run_time_s: float | None = None
-    """To the end of the run's length, where it has one."""
-    cost: float | None = None
-    """Of the run, where the config has a price and the run a length."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as it stands in the plan's own dictionary."""
-        data = asdict(self)
-        data.pop("memory")
-        return {"memory_bytes": self.memory.to_dict(), **data}
 
 
 @dataclass(frozen=True)
@@ -155,13 +102,14 @@ def make_plan(
     train_samples: int,
     evaluation_samples: int,
     profile: Profile | None = None,
+    probe: Probe | None = None,
     refuse: bool = True,
 ) -> Plan:
     """Decide everything that is still on "auto", and check that the whole fits together.
 
-    With a ``profile`` of the model memory and time are costed, and what is on "auto" is chosen by them; without one by
-    rules. With ``refuse`` a run that does not fit its devices is an error; otherwise the plan says so.
-    ``train_samples`` of 0 on an imagined cluster says that the data are not there.
+    With a ``profile`` of the model memory and time are costed, and what is on "auto" is chosen by them, with a
+    ``probe`` by what it measured; without a profile by rules. With ``refuse`` a run that does not fit its devices is an
+    error; otherwise the plan says so. ``train_samples`` of 0 on an imagined cluster says that the data are not there.
 
     Raises:
         ConfigError: a value that cannot work here, or a run that does not fit, with the remedy.
@@ -195,7 +143,18 @@ def make_plan(
         stop=config.recipe.stop,
         reasons=tuple(reasons),
     )
-    setting = None if profile is None else _setting(config, shape, plan, profile)
+    setting: Setting | None = None
+    if profile is not None:
+        setting = setting_of(
+            config,
+            shape,
+            workers=workers,
+            nodes=plan.nodes,
+            device=plan.device,
+            precision=precision,
+            profile=profile,
+            probe=probe,
+        )
     if setting is not None:
         plan = _costed(plan, setting, stage, refuse=refuse)
     _check_combination(config, on_gpu, plan.zero_stage, evaluation_samples, imagined=shape.imagined)
@@ -208,141 +167,23 @@ def planned_precision(config: RunConfig, shape: ClusterShape) -> Precision:
     return _precision(config, shape, shape.accelerators_per_worker(config.scale) > 0, [])
 
 
-def _setting(config: RunConfig, shape: ClusterShape, plan: Plan, profile: Profile) -> Setting | None:
-    """Where the run is to go; None where too little is known of it."""
-    share = config.planning.memory_share
-    workers_per_node = math.ceil(plan.layout.workers / plan.nodes)
-    host = shape.memory_bytes // workers_per_node if shape.memory_bytes else None
-    if plan.device == "cpu":
-        accelerator: Accelerator | None = accelerator_named("cpu", config.planning.accelerator)
-    else:
-        accelerator = recognise(shape.accelerator, config.planning.accelerator)
-    if accelerator is None or not accelerator.flops(plan.precision):
-        return None
-    if shape.network_gbit_per_s:
-        network = shape.network_gbit_per_s / 8 * 1e9 / workers_per_node
-        accelerator = replace(accelerator, network_bytes_per_s=network)
-    own = host if accelerator.is_cpu else shape.device_memory_bytes
-    capacity = own or accelerator.memory_bytes
-    return Setting(
-        profile=profile,
-        config=config,
-        accelerator=accelerator,
-        workers=plan.layout.workers,
-        nodes=plan.nodes,
-        capacity_bytes=int(share * capacity),
-        host_bytes=host,
-    )
-
-
 def _costed(plan: Plan, setting: Setting, stage_at: int, *, refuse: bool) -> Plan:
     """The plan with what the costs decide, and the costs themselves; ``stage_at``: where its reasons name the stage."""
-    config, profile = setting.config, setting.profile
-    if config.layout.activation_checkpointing is True and profile.checkpointed is None:
-        raise ConfigError(profile.not_checkpointed)
-    share = plan.layout.worker_batch
-    space = space_of(config, profile, share, setting.workers, on_accelerator=setting.device == "cuda")
-    best = choose(setting, space)
-    changes = () if best.fits else tuple(smallest_changes(setting, space, share))
-    if refuse and not best.fits:
-        raise ConfigError(_does_not_fit(best, setting, changes))
-    layout = Layout(setting.workers, best.micro_batch, best.accumulation)
+    best, costing, why_stage, why = cost(
+        setting, plan.layout, zero_stage=plan.zero_stage, length=plan.length, refuse=refuse
+    )
     reasons = list(plan.reasons)
-    if config.layout.zero_stage == "auto":
-        reasons[stage_at] = _why_stage(best, plan, setting)
-    reasons += _why_memory(best, plan, setting, space)
+    if why_stage:
+        reasons[stage_at] = why_stage
     return replace(
         plan,
-        layout=layout,
+        layout=Layout(setting.workers, best.micro_batch, best.accumulation),
         zero_stage=best.zero_stage,
         offload=best.offload,
         activation_checkpointing=best.activation_checkpointing,
-        reasons=tuple(reasons),
-        costing=_costing(best, plan, setting, space, changes),
+        reasons=(*reasons, *why),
+        costing=costing,
     )
-
-
-def _costing(best: Choice, plan: Plan, setting: Setting, space: Space, changes: tuple[str, ...]) -> Costing:
-    batch, seconds = plan.layout.global_batch, best.step_time_s
-    peak = setting.accelerator.flops(plan.precision) * setting.workers
-    run_time_s = None if not plan.length else plan.length / batch * seconds
-    price = setting.config.planning.price_per_hour
-    return Costing(
-        fits=best.fits,
-        memory=best.memory,
-        device_memory_bytes=setting.capacity_bytes,
-        accelerator=setting.accelerator.name,
-        step=best.step,
-        step_time_s=seconds,
-        samples_per_s=batch / seconds,
-        mfu=setting.profile.flops_per_sample * batch / seconds / peak,
-        parameters=setting.profile.parameters,
-        flops_per_sample=setting.profile.flops_per_sample,
-        alternatives=tuple(_alternative(choice) for choice in best_of_each_stage(setting, space)),
-        changes=changes,
-        confidence=_confidence(setting),
-        run_time_s=run_time_s,
-        cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
-    )
-
-
-def _alternative(choice: Choice) -> Alternative:
-    return Alternative(
-        zero_stage=choice.zero_stage,
-        offload=choice.offload,
-        activation_checkpointing=choice.activation_checkpointing,
-        micro_batch=choice.micro_batch,
-        accumulation=choice.accumulation,
-        memory_bytes=choice.memory.total,
-        step_time_s=choice.step_time_s,
-        fits=choice.fits,
-    )
-
-
-def _confidence(setting: Setting) -> str:
-    if setting.accelerator.is_cpu:
-        return "low: a guess at one core of a server, nothing has been timed"
-    if setting.profile.untraced:
-        return f"fair: a roofline from one step on the CPU, not traced ({setting.profile.untraced})"
-    return "fair: a roofline, nothing has been timed"
-
-
-def _why_stage(best: Choice, plan: Plan, setting: Setting) -> str:
-    if best.zero_stage == plan.zero_stage:
-        return next(reason for reason in plan.reasons if reason.startswith("ZeRO stage"))
-    return (
-        f"ZeRO stage {best.zero_stage}: "
-        f"{'the best of what fits' if best.fits else 'what needs least of'} {_gib(setting.capacity_bytes)} on a device"
-    )
-
-
-def _why_memory(best: Choice, plan: Plan, setting: Setting, space: Space) -> list[str]:
-    reasons = [f"memory {_gib(best.memory.total)} of {_gib(setting.capacity_bytes)} on each {setting.accelerator.name}"]
-    if best.accumulation > 1 and len(space.layouts) > 1:
-        reasons.append(
-            f"micro batch {best.micro_batch} x {best.accumulation}: "
-            f"{plan.layout.worker_batch} samples at once do not fit, or are no faster"
-        )
-    if best.activation_checkpointing and len(space.checkpointings) > 1:
-        reasons.append("activation checkpointing: without it no faster layout fits")
-    if best.offload != "none" and len(space.offloads) > 1:
-        reasons.append(f"offload {best.offload}: nothing fits without it")
-    return reasons
-
-
-def _does_not_fit(best: Choice, setting: Setting, changes: tuple[str, ...]) -> str:
-    parts = {name: value for name, value in vars(best.memory).items() if name != "host"}
-    largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
-    remedy = "it would fit with " + ", or ".join(changes) if changes else "no change of layout or workers would fit it"
-    return (
-        f"the run does not fit: {best} needs {_gib(best.memory.total)} on each of {setting.workers} "
-        f"{setting.accelerator.name}, which hold {_gib(setting.capacity_bytes)} "
-        f"({', '.join(f'{name} {_gib(parts[name])}' for name in largest)}): {remedy}"
-    )
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _layout(

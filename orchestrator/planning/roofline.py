@@ -68,6 +68,10 @@ class StepParts:
         """The whole step."""
         return self.compute + self.exposed_communication + self.optimizer + self.offload + self.unseen
 
+    def scaled(self, factor: Any) -> StepParts:
+        """Every part so much longer."""
+        return StepParts(*(factor * part for part in vars(self).values()))
+
     def at(self, index: int) -> StepParts:
         """One of several."""
         return StepParts(*(float(np.atleast_1d(part)[index if np.ndim(part) else 0]) for part in vars(self).values()))

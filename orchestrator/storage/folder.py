@@ -36,6 +36,11 @@ class RunFolder:
         return self.root / "plan.json"
 
     @property
+    def probe(self) -> Path:
+        """What was measured before the run, which its plan goes by."""
+        return self.root / "probe.json"
+
+    @property
     def metrics(self) -> Path:
         """One object per optimizer step."""
         return self.root / "metrics.jsonl"

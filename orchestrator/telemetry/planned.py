@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from orchestrator.planning.costing import Costing
 from orchestrator.planning.memory import FRAGMENTATION
-from orchestrator.planning.plan import Costing, Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.roofline import UNSEEN
 from orchestrator.telemetry import human
 
@@ -22,6 +23,7 @@ PARTS = {
     "temporaries": "loss, temporaries, recomputed block",
     "fragmentation": "fragmentation",
     "context": "context of the device and its libraries",
+    "measured": "found by the probe beside the rest",
 }
 
 
@@ -43,7 +45,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.activation_checkpointing:
         rows.append(("memory", "activation checkpointing"))
     if plan.costing is not None:
-        rows += _costs(plan.costing, timed=plan.device == "cuda")
+        rows += _costs(plan.costing, timed=plan.device == "cuda" or plan.costing.timed)
     rows += [("because" if index == 0 else "", reason) for index, reason in enumerate(plan.reasons)]
     return [f"plan for {human.printable(plan.name)}", *(f"  {label:<8} {text}" for label, text in rows)]
 

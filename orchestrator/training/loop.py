@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, NonFiniteLossError, did_you_mean
 from orchestrator.job import Dataset, Task
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
 from orchestrator.training.cadence import Cadence
@@ -56,6 +57,8 @@ class Training:
     """Earlier attempts that did not end by themselves."""
     lived_s: float = 0.0
     """From the first attempt's beginning to this one's."""
+    times: StepTimes = field(default_factory=StepTimes)
+    """Step times that are known before the first step."""
 
 
 def train(run: Training) -> Outcome:
@@ -65,7 +68,7 @@ def train(run: Training) -> Outcome:
         NonFiniteLossError: more steps in a row than allowed had no finite loss and gradient.
     """
     batches = Batches(run.train_set, run.config.seed, run.rank, run.config.data)
-    state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config)
+    state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config, run.times)
     run.recorder.begin(state, run.engine.clock.lap())
     state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
@@ -139,12 +142,12 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
     with run.engine.clock.part("evaluation"):
         metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
     best = run.config.checkpoint.best
-    for field, wanted in (
+    for setting, wanted in (
         ("recipe.stop.metric", run.plan.stop.metric),
         ("checkpoint.best", best and best.split(":")[0]),
     ):
         if wanted is not None and wanted not in metrics:
-            raise ConfigError(f"{field}={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}")
+            raise ConfigError(f"{setting}={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}")
     state = state.evaluated(metrics, best)
     run.recorder.evaluation(state, time.perf_counter() - started)
     return state

@@ -24,8 +24,16 @@ class MemoryGauge:
     device: torch.device
     capacity: int
     """Bytes this worker may take: its device's, or its share of the container's or machine's."""
+    refused: int | None = None
+    """A micro batch that is known not to fit."""
     peaks: dict[int, int] = field(default_factory=dict)
     """Most bytes in use while a micro batch of this size ran; a process never forgets its peak."""
+
+    def forget(self) -> None:
+        """Begin to look for a new peak; a process cannot forget its own."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def note(self, micro_batch: int) -> None:
         """File the peak since the last call under ``micro_batch``."""
@@ -45,9 +53,17 @@ class MemoryGauge:
         peak = max([used, *self.peaks.values()])
         observe_memory(meter, used=used, reserved=reserved, peak=peak, limit=self.capacity)
 
+    @property
+    def usable(self) -> int:
+        """Bytes that may be planned for."""
+        return int(USABLE * self.capacity)
+
     def largest_micro_batch(self) -> int | None:
         """The largest micro batch that fits as far as can be told; None before anything has run."""
-        return largest_micro_batch(self.peaks, int(USABLE * self.capacity)) if self.peaks else None
+        if not self.peaks:
+            return None
+        largest = largest_micro_batch(self.peaks, self.usable)
+        return largest if self.refused is None else max(1, min(largest, self.refused - 1))
 
 
 def largest_micro_batch(peaks: dict[int, int], capacity: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.history import History, StepFacts
 from orchestrator.scheduling.learning_rate import Scaling, ramp, scale, step_worth
 from orchestrator.scheduling.noise_scale import NoiseSample
@@ -69,9 +70,13 @@ class TrainState:
     history: History = field(default_factory=History)
 
     @classmethod
-    def start(cls, plan: Plan, config: RunConfig) -> TrainState:
-        """The state before the first step. There is nothing yet that a higher rate could upset: no ramp."""
-        state = cls(layout=plan.layout)
+    def start(cls, plan: Plan, config: RunConfig, times: StepTimes | None = None) -> TrainState:
+        """The state before the first step. There is nothing yet that a higher rate could upset: no ramp.
+
+        ``times`` are what a probe found; a run that never leaves its recipe's batch has no use for them.
+        """
+        watched = times is not None and measures_noise(config, plan.layout.global_batch)
+        state = cls(layout=plan.layout, history=History(times=times) if watched and times else History())
         return replace(state, learning_rate_factor=state.scaling(config).learning_rate)
 
     def scaling(self, config: RunConfig) -> Scaling:

@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_captured_says_why(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_path_does_not_end_the_others(small, tmp_path, digits_run):
+def test_a_failing_path_does_not_end_the_others(tmp_path):
     class Task:
         def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {"loss": model(batch["x"]).mean(dim=1)}
@@ -168,6 +168,7 @@ def test_a_failing_path_does_not_end_the_others(small, tmp_path, digits_run):
     assert entry.latency is None
 
 
+@pytest.mark.slow
 def test_an_unknown_way_is_answered_with_the_valid_ones(source, tmp_path):
     with pytest.raises(ExportError, match=r"'onxx' is no way to write a model; did you mean 'onnx'\? valid: "):
         make_one(source, "onxx", tmp_path)

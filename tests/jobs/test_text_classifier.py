@@ -38,6 +38,7 @@ def test_rows_are_of_the_class_of_their_file_and_files_are_whole(own):
             assert set(text) <= set(b"efghijkl" if label else b"abcdefgh")
 
 
+@pytest.mark.slow
 def test_it_learns(own):
     task = ClassifierTask(str(own / ".out"))
     torch.manual_seed(0)

@@ -56,3 +56,17 @@ def _with(kind: type[MlpTask], name: str) -> Job:
     assert isinstance(parent.task, MlpTask)
     config = parent.config.model_copy(update={"name": name})
     return dataclasses.replace(parent, config=config, task=kind(**dataclasses.asdict(parent.task)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallMemoryTask(MlpTask):
+    """Runs out of memory on rank 1 alone, above 16 samples at once."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        if dist.get_rank() == 1 and len(batch["label"]) > 16:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return super().loss(model, batch)
+
+
+def small_memory() -> Job:
+    return _with(SmallMemoryTask, "small-memory")

@@ -63,6 +63,26 @@ def test_pins_are_kept_and_what_cannot_fit_is_said(say: Say) -> None:
     assert not small["fits"]
 
 
+def test_a_shorter_sequence_is_a_remedy(say: Say) -> None:
+    """On an accelerator whose memory lies between what this sequence and half of it need."""
+    pins = ["zero_stage=0", "micro_batch=1", "activation_checkpointing=false", "offload=none"]
+    words = ["--workers", "1", "--accelerator", "t4"]
+    for pin in pins:
+        words += ["--set", f"layout.{pin}"]
+    whole, half = (as_json(say, *words, "--arg", f"sequence={length}") for length in (8192, 4096))
+    between = (whole["memory_bytes"]["total"] + half["memory_bytes"]["total"]) / 2
+    made = as_json(
+        say,
+        *words,
+        "--arg",
+        "sequence=8192",
+        "--set",
+        f"planning.memory_share={between / whole['device_memory_bytes']}",
+    )
+    assert not made["fits"]
+    assert "--arg sequence=4096" in made["changes"]
+
+
 def test_a_slower_network_makes_a_slower_step(say: Say) -> None:
     wide = ("--workers", "8", "--nodes", "8", "--accelerator", "l4", "--network")
     assert as_json(say, *wide, "1")["step_time_s"] > as_json(say, *wide, "1000")["step_time_s"]

@@ -230,6 +230,35 @@ def test_corrupt_checkpoint_is_set_aside_and_the_one_before_used(
     assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
 
 
+def test_a_probe_survives_a_rank_that_runs_out_of_memory_and_the_plan_goes_by_it(run: Run, tmp_path: Path) -> None:
+    """Rank 1 alone fails above 16 samples, while rank 0 waits for it."""
+    words = ("broken_jobs:small_memory", *FIXED, "--set", "recipe.stop.epochs=1")
+    ended = run(*words, "--probe", "--json")
+    assert ended.code == 0, ended.err
+    said = ended.err.splitlines()
+    assert [line.split(":")[0].strip() for line in said if line.startswith("  micro batch")] == [
+        "micro batch 8",
+        "micro batch 32",
+        "micro batch 16",
+    ]
+    assert any(line.endswith("micro batch 32: out of memory") for line in said)
+    folder = tmp_path / "runs" / "small-memory"
+    plan = json.loads((folder / "plan.json").read_text())
+    assert (plan["micro_batch"], plan["accumulation"]) == (16, 2)
+    assert plan["timed"]
+    assert "micro batches timed on cpu" in plan["confidence"]
+    trials = json.loads((folder / "probe.json").read_text())["trials"]
+    timed = {trial["micro_batch"]: trial["step_time_s"] for trial in trials if trial["peak_bytes"]}
+    assert set(timed) == {8, 16}
+    assert plan["step_time_s"] == pytest.approx(timed[16], rel=0.3), "a step of 16 x 2, as it was timed"
+    # Another run of the same job plans by what was found.
+    words = [sys.executable, "-m", "orchestrator", "plan", *words, "--set", "name=other", "--json"]
+    again = subprocess.run(
+        words, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert json.loads(again.stdout)["micro_batch"] == 16, again.stderr
+
+
 def test_changed_config_is_refused_with_the_fields_that_differ(run: Run, undisturbed: Ended) -> None:
     uri = str(Path(undisturbed.summary["folder"]).parent)
     changed = run(DIGITS, "--set", f"checkpoint.uri={uri}", "--set", "recipe.optimizer.learning_rate=0.5")

@@ -10,66 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gloo_jobs as jobs
-from orchestrator.config import AdamW
 from orchestrator.errors import ConfigError
-from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.choice import (
-    Choice,
-    Setting,
     best_of_each_stage,
     choose,
     smallest_changes,
     space_of,
 )
 from orchestrator.planning.cluster import ClusterShape
-from orchestrator.planning.costs import Kernel, Linear, Pass, Profile
 from orchestrator.planning.plan import make_plan
-
-GIB = 2**30
-PLAIN = Pass(
-    kernels=(Kernel("matmul", 100, Linear(0, 1e11), Linear(1e7, 1e7), Linear(4096, 0)),),
-    forward_flops=Linear(0, 1e13 / 3),
-    backward_flops=Linear(0, 2e13 / 3),
-    kept_bytes=Linear(0, 4 * GIB),
-    peak_bytes=Linear(GIB, 4.5 * GIB),
-)
-AGAIN = replace(
-    PLAIN,
-    kernels=(replace(PLAIN.kernels[0], count=133),),
-    kept_bytes=Linear(0, 0.2 * GIB),
-    peak_bytes=Linear(GIB, 0.5 * GIB),
-)
-PROFILE = Profile(1_000_000_000, 0, 50_000_000, 100_000, 200, 0, 4096, "bf16", PLAIN, AGAIN)
-ADAM = {"optimizer": AdamW(learning_rate=1e-3), "batch": 64}
-
-
-def setting(
-    layout: dict[str, Any] | None = None,
-    *,
-    accelerator: str = "a100-40gb",
-    workers: int = 8,
-    parameters: int = 1_000_000_000,
-    **fields: Any,
-) -> Setting:
-    auto = {"zero_stage": "auto", "precision": "bf16", **(layout or {})}
-    device = accelerator_named(accelerator)
-    return replace(
-        Setting(
-            profile=replace(PROFILE, parameters=parameters),
-            config=jobs.toy_config(workers, recipe=ADAM, layout=auto),
-            accelerator=device,
-            workers=workers,
-            nodes=1,
-            capacity_bytes=device.memory_bytes,
-            host_bytes=None,
-        ),
-        **fields,
-    )
-
-
-def chosen(made: Setting, share: int = 8) -> Choice:
-    space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
-    return choose(made, space)
+from settings import ADAM, GIB, PROFILE, chosen, setting
 
 
 def test_what_fits_whole_is_taken_whole() -> None:
@@ -194,3 +144,13 @@ def test_the_same_numbers_make_the_same_plan() -> None:
     assert first == second
     assert first.memory is not None
     assert first.to_dict()["memory_bytes"] == first.memory.to_dict()
+
+
+def test_where_accumulation_is_pinned_a_smaller_batch_is_a_remedy() -> None:
+    made = setting({"accumulation": 1, "zero_stage": 1, "activation_checkpointing": False, "offload": "none"})
+    space = space_of(made.config, made.profile, 64, made.workers, on_accelerator=True)
+    assert not choose(made, space).fits
+    said = next(change for change in smallest_changes(made, space, 64) if change.startswith("layout.global_batch="))
+    batch = int(said.partition("=")[2])
+    for size, fits in ((batch, True), (2 * batch, False)):
+        assert choose(made, replace(space, layouts=((size // made.workers, 1),))).fits is fits

@@ -1,0 +1,234 @@
+"""What a run costs: the choice that is made for it, what it takes of memory, time and money, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.planning.accelerators import Accelerator, accelerator_named, recognise
+from orchestrator.planning.choice import (
+    Choice,
+    Setting,
+    Space,
+    best_of_each_stage,
+    choose,
+    smallest_changes,
+    space_of,
+)
+from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costs import Profile
+from orchestrator.planning.layout import Layout
+from orchestrator.planning.memory import MemoryUse
+from orchestrator.planning.probe import Probe
+from orchestrator.planning.roofline import StepParts
+
+__all__ = ["Alternative", "Costed", "Costing", "cost", "setting_of"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The best of another ZeRO stage."""
+
+    zero_stage: int
+    offload: str
+    activation_checkpointing: bool
+    micro_batch: int
+    accumulation: int
+    memory_bytes: int
+    step_time_s: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Costing:
+    """What the plan expects of memory, time and money, as far as it is known before the run."""
+
+    fits: bool
+    memory: MemoryUse
+    device_memory_bytes: int
+    accelerator: str
+    step: StepParts
+    step_time_s: float
+    samples_per_s: float
+    mfu: float
+    """Model FLOPs, each counted once, as a share of the peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
+    parameters: int
+    flops_per_sample: float
+    alternatives: tuple[Alternative, ...]
+    changes: tuple[str, ...]
+    """Where it does not fit: single changes with which it would, the mildest first."""
+    confidence: str
+    timed: bool = False
+    """Whether times rest on steps of this model on these devices."""
+    run_time_s: float | None = None
+    """To the end of the run's length, where it has one."""
+    cost: float | None = None
+    """Of the run, where the config has a price and the run a length."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as it stands in the plan's own dictionary."""
+        data = asdict(self)
+        data.pop("memory")
+        return {"memory_bytes": self.memory.to_dict(), **data}
+
+
+class Costed(NamedTuple):
+    """The best choice for a layout's global batch, what it costs, and why it is made."""
+
+    choice: Choice
+    costing: Costing
+    why_stage: str
+    """Empty where the stage is what the rules had chosen already."""
+    reasons: tuple[str, ...]
+
+
+def setting_of(
+    config: RunConfig,
+    shape: ClusterShape,
+    *,
+    workers: int,
+    nodes: int,
+    device: str,
+    precision: str,
+    profile: Profile,
+    probe: Probe | None,
+) -> Setting | None:
+    """Where the run is to go; None where too little is known of it."""
+    workers_per_node = math.ceil(workers / nodes)
+    host = shape.memory_bytes // workers_per_node if shape.memory_bytes else None
+    if device == "cpu":
+        accelerator: Accelerator | None = accelerator_named("cpu", config.planning.accelerator)
+    else:
+        accelerator = recognise(shape.accelerator, config.planning.accelerator)
+    if accelerator is None or not accelerator.flops(precision):  # type: ignore[arg-type]
+        return None
+    if shape.network_gbit_per_s:
+        network = shape.network_gbit_per_s / 8 * 1e9 / workers_per_node
+        accelerator = replace(accelerator, network_bytes_per_s=network)
+    own = host if accelerator.is_cpu else shape.device_memory_bytes
+    capacity = own or accelerator.memory_bytes
+    return Setting(
+        profile=profile,
+        config=config,
+        accelerator=accelerator,
+        workers=workers,
+        nodes=nodes,
+        capacity_bytes=int(config.planning.memory_share * capacity),
+        host_bytes=host,
+        probe=probe,
+    )
+
+
+def cost(setting: Setting, layout: Layout, *, zero_stage: int, length: float | None, refuse: bool) -> Costed:
+    """Choose what the config leaves open for ``layout``'s global batch, and cost it.
+
+    ``zero_stage`` is what rules without costs would take; ``length`` the run's in reference samples. With ``refuse`` a
+    run that does not fit is an error.
+
+    Raises:
+        ConfigError: checkpointing that the model cannot have, or a run that does not fit, with the remedy.
+    """
+    config, profile = setting.config, setting.profile
+    if config.layout.activation_checkpointing is True and profile.checkpointed is None:
+        raise ConfigError(profile.not_checkpointed)
+    space = space_of(config, profile, layout.worker_batch, setting.workers, on_accelerator=setting.device == "cuda")
+    best = choose(setting, space)
+    changes = () if best.fits else tuple(smallest_changes(setting, space, layout.worker_batch))
+    if refuse and not best.fits:
+        raise ConfigError(_does_not_fit(best, setting, changes))
+    return Costed(
+        choice=best,
+        costing=_costing(best, layout, length, setting, space, changes),
+        why_stage="" if best.zero_stage == zero_stage else _why_stage(best, setting),
+        reasons=tuple(_why_memory(best, layout, setting, space)),
+    )
+
+
+def _costing(
+    best: Choice, layout: Layout, length: float | None, setting: Setting, space: Space, changes: tuple[str, ...]
+) -> Costing:
+    batch, seconds = layout.global_batch, best.step_time_s
+    peak = setting.accelerator.flops(setting.profile.precision) * setting.workers  # type: ignore[arg-type]
+    run_time_s = None if not length else length / batch * seconds
+    price = setting.config.planning.price_per_hour
+    return Costing(
+        fits=best.fits,
+        memory=best.memory,
+        device_memory_bytes=setting.capacity_bytes,
+        accelerator=setting.accelerator.name,
+        step=best.step,
+        step_time_s=seconds,
+        samples_per_s=batch / seconds,
+        mfu=setting.profile.flops_per_sample * batch / seconds / peak,
+        parameters=setting.profile.parameters,
+        flops_per_sample=setting.profile.flops_per_sample,
+        alternatives=tuple(_alternative(choice) for choice in best_of_each_stage(setting, space)),
+        changes=changes,
+        confidence=_confidence(setting),
+        timed=setting.correction is not None,
+        run_time_s=run_time_s,
+        cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
+    )
+
+
+def _alternative(choice: Choice) -> Alternative:
+    return Alternative(
+        zero_stage=choice.zero_stage,
+        offload=choice.offload,
+        activation_checkpointing=choice.activation_checkpointing,
+        micro_batch=choice.micro_batch,
+        accumulation=choice.accumulation,
+        memory_bytes=choice.memory.total,
+        step_time_s=choice.step_time_s,
+        fits=choice.fits,
+    )
+
+
+def _confidence(setting: Setting) -> str:
+    if setting.correction is not None:
+        probe = setting.correction.probe
+        return f"good: {len(probe.peaks)} micro batches timed on {probe.device}"
+    if setting.accelerator.is_cpu:
+        return "low: a guess at one core of a server, nothing has been timed"
+    if setting.profile.untraced:
+        return f"fair: a roofline from one step on the CPU, not traced ({setting.profile.untraced})"
+    return "fair: a roofline, nothing has been timed"
+
+
+def _why_stage(best: Choice, setting: Setting) -> str:
+    return (
+        f"ZeRO stage {best.zero_stage}: "
+        f"{'the best of what fits' if best.fits else 'what needs least of'} {_gib(setting.capacity_bytes)} on a device"
+    )
+
+
+def _why_memory(best: Choice, layout: Layout, setting: Setting, space: Space) -> list[str]:
+    reasons = [f"memory {_gib(best.memory.total)} of {_gib(setting.capacity_bytes)} on each {setting.accelerator.name}"]
+    if best.accumulation > 1 and len(space.layouts) > 1:
+        reasons.append(
+            f"micro batch {best.micro_batch} x {best.accumulation}: "
+            f"{layout.worker_batch} samples at once do not fit, or are no faster"
+        )
+    if best.activation_checkpointing and len(space.checkpointings) > 1:
+        reasons.append("activation checkpointing: without it no faster layout fits")
+    if best.offload != "none" and len(space.offloads) > 1:
+        reasons.append(f"offload {best.offload}: nothing fits without it")
+    return reasons
+
+
+def _does_not_fit(best: Choice, setting: Setting, changes: tuple[str, ...]) -> str:
+    parts = {name: value for name, value in vars(best.memory).items() if name != "host"}
+    largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
+    remedy = "it would fit with " + ", or ".join(changes) if changes else "no change of layout or workers would fit it"
+    return (
+        f"the run does not fit: {best} needs {_gib(best.memory.total)} on each of {setting.workers} "
+        f"{setting.accelerator.name}, which hold {_gib(setting.capacity_bytes)} "
+        f"({', '.join(f'{name} {_gib(parts[name])}' for name in largest)}): {remedy}"
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
