@@ -562,6 +562,11 @@ class TelemetryConfig(Part):
     profile: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step of which rank 0 leaves a torch profiler trace in the run's folder."""
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_is_enough(cls, trackers: object) -> object:
+        return (trackers,) if isinstance(trackers, str) else trackers
+
     @field_validator("profile")
     @classmethod
     def _steps_rise(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ SCALARS = (
     "loss", "learning_rate", "grad_norm", "global_batch", "samples_per_s", "step_time_s", "progress", "epoch",
     "noise_scale",
 )  # fmt: skip
-FAREWELL_S = 10.0
+FAREWELL_S = 30.0
 
 
 class Tracker(Protocol):

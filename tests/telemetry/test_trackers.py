@@ -21,12 +21,18 @@ STEPS = [
 EVALUATION = {"step": 3, "time": 1e9 + 3, "metrics": {"accuracy": 0.5, "broken": None}}
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.telemetry.trackers.FAREWELL_S", 300.0)
+
+
 def track(*names: str, folder: Path, state: str = "finished") -> None:
     tracking = Tracking(lambda: make_trackers(names, run="digits", folder=folder, config=CONFIG))
     for record in STEPS:
         tracking.step(record)
     tracking.evaluation(EVALUATION)
     tracking.close(state)
+    assert tracking.trouble() == []
 
 
 def test_tensorboard_has_every_finite_scalar(tmp_path: Path) -> None:
