@@ -322,8 +322,12 @@ def test_goodput_and_lost_time_are_those_of_the_records(monitored: Monitored) ->
     told = [_told(monitored, scraped - tenths / 10) for tenths in range(25)]
     assert any(ratio == pytest.approx(expected, rel=0.02) for expected, _ in told)
     assert lost["worker_lost"] > 1
-    for cause, seconds in lost.items():
-        assert any(seconds == pytest.approx(by.get(cause, 0.0), rel=0.02, abs=0.1) for _, by in told), cause
+    assert any(sum(lost.values()) == pytest.approx(sum(by.values()), rel=0.02) for _, by in told)
+    # What the driver saw of steps that are gone from the records, their evaluations say, lies in the gap there.
+    for cause in ("startup", "repeated"):
+        assert any(lost[cause] == pytest.approx(by[cause], rel=0.02) for _, by in told if cause in by), cause
+    beside = told[0][1]
+    assert all(lost[cause] >= 0.98 * seconds for cause, seconds in beside.items() if cause in ("evaluation", "other"))
 
 
 def _told(monitored: Monitored, moment: float) -> tuple[float | None, Mapping[str, float]]:
