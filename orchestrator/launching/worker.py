@@ -249,7 +249,7 @@ def device_of(plan: Plan) -> Any:
     if device.type != plan.device:
         raise RuntimeError(f"planned for {plan.device}, but this worker's torch sees {device.type}: check its drivers")
     if device.type == "cuda":
-        torch.cuda.setdevice_of(device)
+        torch.cuda.set_device(device)
     return device
 
 
