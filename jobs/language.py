@@ -29,6 +29,7 @@ from orchestrator.config import (
     RunConfig,
     ScaleConfig,
     Stop,
+    TelemetryConfig,
 )
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
@@ -122,6 +123,7 @@ def gpt(
         layout=LayoutConfig(zero_stage=1 if vocabulary is None else "auto"),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=epochs / 20),
+        telemetry=TelemetryConfig(tokens_per_sample=context),
     )
     if kv_heads is None:
         kv_heads = 2 if vocabulary is None else heads

@@ -553,13 +553,19 @@ class TelemetryConfig(Part):
     tokens_per_sample: PositiveFloat | None = None
     """Tokens in a sample, to count them."""
     flops_per_sample: PositiveFloat | None = None
-    """FLOPs of a sample's forward and backward pass, for model FLOP/s."""
+    """FLOPs of a sample's forward and backward pass, for model FLOP/s; none: what the planner traced."""
     peak_flops_per_s: PositiveFloat | None = None
-    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization."""
+    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization; none: the planner's
+    table, and for a CPU nothing."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that the records are also sent to."""
     profile: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step of which rank 0 leaves a torch profiler trace in the run's folder."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_is_enough(cls, trackers: object) -> object:
+        return (trackers,) if isinstance(trackers, str) else trackers
 
     @field_validator("profile")
     @classmethod

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -34,6 +34,7 @@ from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.hub import Board
+from orchestrator.telemetry.meter import Snapshot
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.training.checkpoint import Checkpoints
@@ -548,8 +549,16 @@ class SlowCheckpoints(Checkpoints):
         return super().save(engine, state)
 
 
-def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> tuple[dict[str, float], float]:
-    """Train, published to a board; returns this rank's seconds by part, and its wall time."""
+class Observed(NamedTuple):
+    """What one rank's telemetry said of the loop: its seconds by part, its wall time, and its last snapshot."""
+
+    parts: dict[str, float]
+    wall_s: float
+    snapshot: Snapshot
+
+
+def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> Observed:
+    """Train, published to a board."""
     board = Board(ttl_s=60.0)
     run = _training(config, task, RunFolder(root), driver, None)
     publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=0.05)
@@ -570,8 +579,10 @@ def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> tup
         took = time.perf_counter() - started
         publisher.close()
         run.checkpoints.fence.release()
-    last = next(iter(board._held.values())).counted.counters
-    return {labels[0]: s for (name, labels), s in last.items() if name == "orchestrator_rank_seconds_total"}, took
+    last = next(iter(board._held.values())).snapshot
+    seconds = last.own.counters.items()
+    parts = {labels[0]: s for (name, labels), s in seconds if name == "orchestrator_rank_seconds_total"}
+    return Observed(parts, took, last)
 
 
 @dataclasses.dataclass(frozen=True)

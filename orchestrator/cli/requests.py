@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
     from orchestrator.launching.preflight import RunRequest
     from orchestrator.planning.plan import Plan
     from orchestrator.telemetry.progress import Display
@@ -34,6 +35,9 @@ class Watcher:
 
         self._display.restart()
         self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
+
+    def begins(self, config: RunConfig) -> None:
+        self._display.pace(config.telemetry.progress_interval_s)
 
 
 def run_request(

@@ -36,7 +36,7 @@ from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
-from orchestrator.telemetry.accounting import account
+from orchestrator.telemetry.accounting import account, time_by_part
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
@@ -52,13 +52,14 @@ SAME_SIGNAL_S = 0.5
 
 
 class Listener(Protocol):
-    """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
+    """Hears of a run as it goes. Six verbs: one for each thing a person watches, and how it is to be shown."""
 
     def planned(self, plan: Plan, folder: Path) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def begins(self, config: RunConfig) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class _Tracked:
     def step(self, record: Mapping[str, Any]) -> None:
         self.listener.step(record)
         self.tracking.step(record)
+        self.tell()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self.listener.evaluation(record)
@@ -84,6 +86,14 @@ class _Tracked:
 
     def note(self, text: str) -> None:
         self.listener.note(text)
+
+    def begins(self, config: RunConfig) -> None:
+        self.listener.begins(config)
+
+    def tell(self) -> None:
+        """Pass on what went wrong with a tracker."""
+        for line in self.tracking.trouble():
+            self.listener.note(line)
 
 
 class _Followers(NamedTuple):
@@ -106,6 +116,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     """
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
+    listener.begins(job.config)
     require_trackers(job.config.telemetry.trackers)
     root = run_root(job.config)
     sizes = prepare(job)
@@ -168,7 +179,7 @@ def _launch(
                 config=job.config.model_dump(mode="json"),
             )
         )
-        listener = _Tracked(listener, tracking)
+        listener = tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
         attempt = Fit(make_trainer(order, plan, job.config))
         state = "failed"
@@ -181,6 +192,7 @@ def _launch(
         finally:
             teller.end(state)
             tracking.close(state)
+            tracked.tell()
     return _write_end(folder, job.config, outcome, started)
 
 
@@ -236,8 +248,15 @@ def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
     """Say so when Ray Train has replaced the workers; returns the attempts that are known now."""
     started = _started(folder)
     if len(started) > known:
-        listener.note(f"workers were lost and replaced; going on from step {started[-1]['step']}")
+        listener.note(_restarted(started[-1]))
     return max(known, len(started))
+
+
+def _restarted(record: Mapping[str, Any]) -> str:
+    cause, repeated = str(record.get("cause") or "").replace("_", " "), record.get("repeated_samples") or 0
+    told = [text for text in (cause, f"{repeated:,} samples are taken again" if repeated else "") if text]
+    line = f"workers were lost and replaced; going on from step {record['step']}"
+    return f"{line} ({'; '.join(told)})" if told else line
 
 
 def _started(folder: RunFolder) -> list[Mapping[str, Any]]:
@@ -290,7 +309,8 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
     last = outcome.get("last") or {}
     existing = list_checkpoints(folder.checkpoints)
     train_time_s = last.get("train_time_s") or 0.0
-    found = account(read(folder.attempts), read(folder.metrics))
+    steps = read(folder.metrics)
+    found = account(read(folder.attempts), steps)
     summary = {
         "name": config.name,
         "state": outcome["state"],
@@ -304,6 +324,8 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "wall_s": time.monotonic() - started,
         "goodput_ratio": found.goodput_ratio(found.last),
         "lost_s": dict(found.lost_s),
+        "restarts": dict(found.restarts),
+        "parts_s": time_by_part(steps),
         "checkpoint": str(existing[-1]) if existing else None,
         "folder": str(folder.root),
         "report": str(folder.report),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -18,6 +19,7 @@ from orchestrator.job import Job
 from orchestrator.launching.failures import describe, restart_cause, write_failure
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
+from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
@@ -26,8 +28,9 @@ from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.storage.tally import REQUESTS
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.observing import RunFacts, observe_place
+from orchestrator.telemetry.observing import RunFacts, observe_place, observe_requests
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
 
@@ -192,18 +195,32 @@ class _Worker:
             return None
         client = HubClient(HubSettings.of(config.telemetry))
         source = str(self._rank)
-        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=sample)
+        everything = functools.partial(_sample, sample)
+        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=everything)
         publisher.note(observe_place, socket.gethostname(), device)
         return publisher
 
 
+def _sample(memory: Callable[[Meter], None], meter: Meter) -> None:
+    """What is only read, once a second: memory, and the trouble that this process had with storage."""
+    memory(meter)
+    for operation, trouble in REQUESTS.troubles().items():
+        observe_requests(meter, operation, retries=trouble.retries, errors=trouble.errors)
+
+
 def _facts(config: RunConfig, plan: Plan) -> RunFacts:
-    telemetry = config.telemetry
+    """FLOPs as the config has them, or else as the planner traced them; the peak of a CPU is never guessed."""
+    telemetry, costing = config.telemetry, plan.costing
+    flops, peak = telemetry.flops_per_sample, telemetry.peak_flops_per_s
+    if costing is not None:
+        flops = flops or costing.flops_per_sample
+        accelerator = accelerator_named(costing.accelerator, config.planning.accelerator)
+        peak = peak or (None if accelerator.is_cpu else accelerator.flops(plan.precision) or None)
     return RunFacts(
         reference_batch=plan.reference_batch,
         tokens_per_sample=telemetry.tokens_per_sample or 0.0,
-        flops_per_sample=telemetry.flops_per_sample,
-        peak_flops_per_s=telemetry.peak_flops_per_s,
+        flops_per_sample=flops,
+        peak_flops_per_s=peak,
     )
 
 

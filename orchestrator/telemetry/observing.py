@@ -23,6 +23,7 @@ __all__ = [
     "observe_memory",
     "observe_parts",
     "observe_place",
+    "observe_requests",
     "observe_run",
     "observe_state",
     "observe_storage",
@@ -204,6 +205,12 @@ def observe_state(meter: Meter, state: str) -> None:
     assert state in STATES, state
     for each in STATES:
         meter.set("orchestrator_run_state", float(each == state), each)
+
+
+def observe_requests(meter: Meter, operation: str, *, retries: int, errors: int) -> None:
+    """The same, as this process counts them elsewhere since it began."""
+    meter.reach("orchestrator_storage_retries_total", retries, operation)
+    meter.reach("orchestrator_storage_errors_total", errors, operation)
 
 
 def observe_account(meter: Meter, found: Account) -> None:

@@ -17,6 +17,7 @@ from orchestrator.telemetry.observing import (
     observe_checkpoint_failure,
     observe_memory,
     observe_parts,
+    observe_requests,
     observe_state,
 )
 
@@ -124,6 +125,14 @@ def test_events() -> None:
     assert (counted["checkpoint_blocked_seconds_total"], found["checkpoint_seconds"]) == (1.0, 3.0)
     assert (counted["checkpoint_failures_total"], counted["storage_errors_total|checkpoint"]) == (1, 1)
     assert found["device_memory_peak_bytes"] == 3
+
+
+def test_storage_is_counted_where_it_is_used_and_only_told_here() -> None:
+    meter = Meter()
+    for retries in (3, 5):
+        observe_requests(meter, "write", retries=retries, errors=1)
+    counted = counters(meter)
+    assert (counted["storage_retries_total|write"], counted["storage_errors_total|write"]) == (5, 1)
 
 
 def test_exactly_one_state_holds() -> None:
