@@ -24,7 +24,8 @@ from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.search_space import Range, parse_search
-from orchestrator.storage.folder import RunFolder, read_json, write_json
+from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
@@ -72,6 +73,11 @@ class Tuned:
     together: int
 
     @property
+    def report(self) -> Path:
+        """The page that draws it."""
+        return self.folder / "report.html"
+
+    @property
     def set_line(self) -> str:
         """What the best trial was, ready for the command line."""
         return " ".join(f"--set {name}={value}" for name, value in self.trials[0].settings.items())
@@ -104,7 +110,30 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
         raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
-    return Tuned(folder, request.metric, grows, trials, together)
+    tuned = Tuned(folder, request.metric, grows, trials, together)
+    _draw(tuned, job.config.name)
+    return tuned
+
+
+def _draw(tuned: Tuned, name: str) -> None:
+    """Write the search down as a page: what was tried, what came of it, and each trial's way there."""
+    rows = [
+        SearchedTrial(
+            name=trial.name,
+            settings=trial.settings,
+            state=trial.state,
+            share=trial.progress,
+            best=trial.best,
+            points=_points(tuned.folder / "runs" / trial.name, tuned.metric),
+        )
+        for trial in tuned.trials
+    ]
+    write_text(tuned.report, render_search(name, tuned.metric, rows, tuned.set_line))
+
+
+def _points(root: Path, metric: str) -> tuple[tuple[float, float, int], ...]:
+    records = _lines(root / "evaluations.jsonl")
+    return tuple((r["progress"], r["metrics"][metric], r["step"]) for r in records if metric in r["metrics"])
 
 
 def _need_optuna() -> None:

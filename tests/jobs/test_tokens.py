@@ -89,7 +89,7 @@ def test_writing_again_changes_nothing_and_another_vocabulary_is_refused(own, tm
     before = {path.name: path.stat().st_mtime_ns for path in Path(data).iterdir()}
     write_tokens(data, str(own), context=16, tokens="bpe", vocabulary=280)
     assert {path.name: path.stat().st_mtime_ns for path in Path(data).iterdir()} == before
-    with pytest.raises(DataError, match="vocabulary=280, not .*vocabulary=300"):
+    with pytest.raises(DataError, match=r"vocabulary=280, not .*vocabulary=300"):
         write_tokens(data, str(own), context=16, tokens="bpe", vocabulary=300)
 
 
