@@ -167,6 +167,9 @@ def make_plan(
 
 def _computed(plan: Plan, config: RunConfig, shape: ClusterShape, profile: Profile | None) -> Plan:
     """The plan with how its device computes: decided last, since stage and checkpointing bear on it."""
+    if shape.accelerator.lower().startswith("tpu"):
+        why_not = "a TPU is planned for in memory and time alone: DeepSpeed has no device for it, and `run` refuses it"
+        return replace(plan, reasons=(*plan.reasons, why_not))
     place = Place(
         device=plan.device,
         accelerator=shape.accelerator,

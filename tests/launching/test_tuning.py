@@ -81,6 +81,7 @@ def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed: pip install 'orchestrator[search]'")
     made = request(optuna=True)
     space = {"settings": {found.field: tuning._domain(found) for found in ranges_of(made)}}
+    (tmp_path / "settings").mkdir()
     for number, loss in enumerate((2.0, 0.5, None)):
         name = f"trial-{number}"
         settings = {"recipe.optimizer.learning_rate": f"{10.0**-number:.6g}", "seed": "3"}  # the first lies outside

@@ -105,6 +105,13 @@ def test_lamb_is_fused_or_nothing() -> None:
         choose_computing(config(LAMB(learning_rate=1e-3), fused_optimizer=False), A100, None)
 
 
+def test_a_tpu_is_planned_for_and_nothing_is_switched_on() -> None:
+    shape = ClusterShape(nodes=1, cpus=16, accelerators=4, accelerator="tpu-v5e", imagined=True)
+    plan = make_plan(config(), shape, train_samples=1000, evaluation_samples=0)
+    assert plan.computing == EAGER
+    assert "DeepSpeed has no device for it, and `run` refuses it" in plan.reasons[-1]
+
+
 def test_the_plan_has_it_and_writes_it_down() -> None:
     shape = ClusterShape(nodes=1, cpus=16, accelerators=8, accelerator="H100")
     plan = make_plan(config(), shape, train_samples=1000, evaluation_samples=0)
