@@ -176,7 +176,7 @@ def report(results: list[Found], seeds: int, took_s: float) -> str:
         f"# Searching a learning rate, {datetime.now(UTC).date()}",
         "",
         f"`python benchmarks/tuning.py`, {seeds} seeds, {where}.",
-        f"Grid: {len(GRID)} rates from {LOW:g} to {HIGH:g}; search: {TRIALS} trials. Losses: held-out, means of the seeds.",
+        f"Grid: {len(GRID)} rates from {LOW:g} to {HIGH:g}; search: {TRIALS} trials. Losses are held-out means.",
         "",
         "| task | best of the grid | found, by seed | furthest off | samples of the grid's |",
         "| --- | --- | --- | --- | --- |",
