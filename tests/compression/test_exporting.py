@@ -183,6 +183,20 @@ def test_a_model_that_cannot_be_captured_says_why(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Unknown(nn.Module):
+    """Uses what ONNX has no operator for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@onnx
+@pytest.mark.slow
+def test_an_operator_that_onnx_has_not_is_named(tmp_path):
+    with pytest.raises(ExportError, match=r"Unknown cannot be written as ONNX: .*bessel_j0"):
+        to_onnx(Unknown(), [(torch.ones(2, 3),)], tmp_path / "m.onnx")
+
+
 def test_a_failing_path_does_not_end_the_others(tmp_path):
     class Task:
         def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
