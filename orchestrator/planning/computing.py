@@ -89,7 +89,7 @@ def _compile(layout: LayoutConfig, place: Place) -> tuple[bool, str]:
         return False, ""
     against = next(_against_compiling(place), None)
     if against is not None:
-        return False, f"not compiled: {against}; layout.compile=true compiles all the same"
+        return False, f"not compiled: {against}; layout.compile=true tries it all the same"
     return True, "compiled: kernels between two matrix products become one; the first steps of a shape take a minute"
 
 
