@@ -242,6 +242,12 @@ def blocks(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
 
 
+def plain_blocks() -> nn.Module:
+    """Three blocks without batch norm, so without buffers."""
+    body = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3)])
+    return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
+
+
 def dropped_blocks() -> nn.Module:
     """The same with dropout: what it computes depends on the random state."""
     return blocks(dropout=0.2)

@@ -65,8 +65,8 @@ def choose_computing(config: RunConfig, place: Place, profile: Profile | None) -
         ConfigError: something is pinned that the device cannot do, with the remedy.
     """
     layout = config.layout
-    _check(config, place)
-    compiled, why_compiled = _compile(layout, place)
+    _check(config, place, profile)
+    compiled, why_compiled = _compile(layout, place, profile)
     tf32, why_tf32 = _tf32(layout, place)
     on_gpu = place.device == "cuda"
     fused = on_gpu if layout.fused_optimizer == "auto" else layout.fused_optimizer
@@ -82,24 +82,24 @@ def choose_computing(config: RunConfig, place: Place, profile: Profile | None) -
     return made, (*(reason for reason in reasons if reason), *_attention(layout, place, profile))
 
 
-def _compile(layout: LayoutConfig, place: Place) -> tuple[bool, str]:
+def _compile(layout: LayoutConfig, place: Place, profile: Profile | None) -> tuple[bool, str]:
     if layout.compile != "auto":
         return layout.compile, ""
     if place.device == "cpu":
         return False, ""
-    against = next(_against_compiling(place), None)
+    against = next(_against_compiling(place, profile), None)
     if against is not None:
-        return False, f"not compiled: {against}; layout.compile=true tries it all the same"
+        return False, f"not compiled: {against}"
     return True, "compiled: kernels between two matrix products become one; the first steps of a shape take a minute"
 
 
-def _against_compiling(place: Place) -> Iterator[str]:
+def _against_compiling(place: Place, profile: Profile | None) -> Iterator[str]:
     if not place.modern:
         yield f"{place.accelerator or 'the accelerator'} is older than what torch.compile makes faster"
     if place.zero_stage == 3:
-        yield "ZeRO stage 3 gathers each layer by a hook, which cuts the model into pieces"
-    if place.activation_checkpointing:
-        yield "what is computed again keeps its batch-norm statistics by a hook, which cuts the model into pieces"
+        yield "ZeRO stage 3 gathers each layer by a hook, which cuts the model to pieces; layout.compile=true tries it"
+    if place.activation_checkpointing and (profile is None or profile.buffer_bytes):
+        yield "it takes no model with buffers whose activations are computed again"
 
 
 def _tf32(layout: LayoutConfig, place: Place) -> tuple[bool, str]:
@@ -121,8 +121,13 @@ def _attention(layout: LayoutConfig, place: Place, profile: Profile | None) -> I
         yield f"attention: torch takes {kernel}"
 
 
-def _check(config: RunConfig, place: Place) -> None:
+def _check(config: RunConfig, place: Place, profile: Profile | None) -> None:
     layout, on_gpu = config.layout, place.device == "cuda"
+    if layout.compile is True and place.activation_checkpointing and profile is not None and profile.buffer_bytes:
+        raise ConfigError(
+            "layout.compile=true: torch.compile takes no model with buffers, such as batch norm's, whose activations "
+            "are computed again: set layout.compile=false or layout.activation_checkpointing=false"
+        )
     if layout.tf32 is True and not (on_gpu and place.modern):
         raise ConfigError(
             "layout.tf32=true needs accelerators of compute capability 8.0 or more, and these workers have "

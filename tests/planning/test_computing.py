@@ -51,13 +51,21 @@ def test_an_older_gpu_is_not_compiled_for_and_has_no_tf32() -> None:
     assert "not compiled: V100 is older" in reasons(V100, IMAGES)
 
 
-@pytest.mark.parametrize(("field", "value"), [("zero_stage", 3), ("activation_checkpointing", True)])
-def test_what_cuts_a_model_into_pieces_is_a_reason_not_to_compile(field: str, value: Any) -> None:
-    place = replace(A100, **{field: value})
+def test_stage_3_is_not_compiled_unless_it_is_asked_for() -> None:
+    place = replace(A100, zero_stage=3)
     assert not chosen(place).compile
-    assert "not compiled: " in reasons(place)
-    assert "layout.compile=true tries it all the same" in reasons(place)
+    assert "not compiled: ZeRO stage 3" in reasons(place)
     assert chosen(place, compile=True).compile
+
+
+def test_what_is_computed_again_is_compiled_where_it_has_no_buffers() -> None:
+    place = replace(A100, activation_checkpointing=True)
+    assert chosen(place, TEXT).compile
+    normed = replace(IMAGES, buffer_bytes=4096)
+    assert not chosen(place, normed).compile
+    assert "not compiled: it takes no model with buffers" in reasons(place, normed)
+    with pytest.raises(ConfigError, match=r"set layout.compile=false or layout.activation_checkpointing=false"):
+        choose_computing(config(compile=True), place, normed)
 
 
 def test_fp32_that_was_asked_for_stays_fp32() -> None:
