@@ -382,6 +382,13 @@ def optimizer_after(config: RunConfig, task: Toy, scalings: Sequence[Scaling], s
     return {"groups": groups, "second": second}
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def weights_of(engine: Engine) -> dict[str, Tensor]:
     """Whole parameters in fp32, by name; in 16 bit what the model computes with, not the masters."""
     import deepspeed

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gloo import GlooGroup
-from gloo_jobs import Toy, mlp, plain_blocks, plan_for, take_steps, toy_config
+from gloo_jobs import Toy, compiled_graphs, mlp, plain_blocks, plan_for, take_steps, toy_config
 from orchestrator.config import AdamW
 from orchestrator.errors import ConfigError
 from orchestrator.planning.computing import Computing
@@ -35,6 +35,7 @@ def steps(two: GlooGroup, build: Any, stage: int, **layout: Any) -> Any:
 def test_a_compiled_model_takes_the_same_steps(two: GlooGroup, stage: int, checkpointing: bool) -> None:
     pinned = {"activation_checkpointing": checkpointing}
     plain, compiled = (steps(two, plain_blocks, stage, compile=wanted, **pinned) for wanted in (False, True))
+    assert min(two.run(compiled_graphs)) > 0
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert compiled.norms == pytest.approx(plain.norms, rel=1e-4)
     assert compiled.weights.keys() == plain.weights.keys()
