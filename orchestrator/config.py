@@ -396,6 +396,16 @@ class LayoutConfig(Part):
     """Type of forward and backward; auto: bf16 where the accelerator has it, fp16 on older GPUs, fp32 on CPU."""
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over the whole micro batch of all workers, not over each worker's."""
+    compile: bool | Auto = "auto"
+    """Compile the model with torch.compile; auto: on GPUs of compute capability 8.0 and more, but in ZeRO stage 3."""
+    tf32: bool | Auto = "auto"
+    """Round the factors of fp32 matrix products to TF32; auto: on GPUs that have it, beside bf16 or fp16."""
+    fused_optimizer: bool | Auto = "auto"
+    """Update all weights in a few kernels; auto: on GPUs."""
+    channels_last: bool | Auto = "auto"
+    """Keep the channels of a pixel together in memory; auto: on GPUs in 16 bit, for models with convolutions."""
+    attention: Literal["flash", "efficient", "math"] | Auto = "auto"
+    """Kernel of scaled_dot_product_attention; auto: torch's choice at each call."""
 
 
 class ScaleConfig(Part):

@@ -243,6 +243,12 @@ def blocks(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
 
 
+def plain_blocks() -> nn.Module:
+    """Three blocks without batch norm, so without buffers."""
+    body = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3)])
+    return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
+
+
 def dropped_blocks() -> nn.Module:
     """The same with dropout: what it computes depends on the random state."""
     return blocks(dropout=0.2)
@@ -375,6 +381,13 @@ def optimizer_after(config: RunConfig, task: Toy, scalings: Sequence[Scaling], s
         optimizer = optimizer.optimizer
     second = [state["exp_avg_sq"].clone() for state in optimizer.state.values() if "exp_avg_sq" in state]
     return {"groups": groups, "second": second}
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.compression.making import PATHS, make, make_one, source_of
+from orchestrator.compression.making import PATHS, make, make_one, possible_paths, source_of
 from orchestrator.compression.report import Budget, Entry, best, quality_of, report_html
 from orchestrator.compression.trained import Trained, load_trained
 from orchestrator.errors import ExportError, RunFolderError, did_you_mean, explain_oserror
@@ -75,7 +75,7 @@ def compress(request: CompressRequest, listener: Listener) -> Compressed:
             listener.note(f"training its variant {name} ...")
             smaller = load_trained(run(orders[name], listener)["folder"])
             found = source_of(smaller, smaller.config.name, calibrate=request.calibrate)
-        entries += make(found, request.paths or (tuple(PATHS) if name == "run" else SHORT), folder)
+        entries += make(found, request.paths or (possible_paths() if name == "run" else SHORT), folder)
     quality = quality_of(entries, request.metric)
     chosen = best(entries, request.budget, quality)
     done = Compressed(folder, quality, tuple(entries), chosen)

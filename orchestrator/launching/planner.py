@@ -21,6 +21,7 @@ from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.probe import Probe
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.training.checkpoint import list_checkpoints
+from orchestrator.training.computing import require_compiler
 from orchestrator.training.engine import require_precision
 
 __all__ = ["Imagined", "make_job_plan", "plan_job", "probed"]
@@ -136,6 +137,7 @@ def make_job_plan(
         plan = dataclasses.replace(plan, reasons=(*plan.reasons, f"memory and time not known: {untraced}"))
     if not shape.imagined:
         require_precision(plan)  # this machine speaks for the others; each worker asks again
+        require_compiler(plan)
     return plan
 
 

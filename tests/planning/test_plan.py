@@ -130,11 +130,21 @@ def test_a_plan_as_it_is_written_down() -> None:
         "length": 640.0,
         "evaluate_every": 500.0,
         "stop": {"steps": 10, "metric": "accuracy", "at_least": 0.9},
+        "computing": {
+            "compile": True,
+            "tf32": True,
+            "fused_optimizer": True,
+            "channels_last": False,
+            "attention": "auto",
+        },
         "reasons": (
             "global batch 128: as set",
             "learning rate tuned at batch 64: carried over by rule 'auto'",
             "policy goodput: the batch grows while that shortens the time to the end",
             "precision bf16: what A100 is fast at",
+            "compiled: kernels between two matrix products become one; the first steps of a shape take a minute",
+            "TF32: for the products that bf16 leaves in fp32",
+            "fused optimizer: a few kernels update all weights",
         ),
     }
     assert json.loads(json.dumps(written, allow_nan=False))["reasons"] == list(written["reasons"])
