@@ -465,7 +465,7 @@ class CheckpointConfig(Part):
     """Where a run's folder is, and how often its state is saved."""
 
     uri: str = "runs"
-    """Folder that holds the folders of runs; a relative one starts at the working directory."""
+    """What holds the runs: a folder, relative ones from the working directory, or s3://BUCKET/PREFIX."""
     interval_s: PositiveFloat | Auto = 60.0
     """Seconds between checkpoints; auto: what loses the least, by the cost of a save and the failures so far."""
     interval_steps: PositiveInt | None = None
@@ -533,6 +533,8 @@ class FailureConfig(Part):
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
     on_corrupt_row_group: Literal["stop", "skip"] = "stop"
     """A row group that cannot be read: stop the run, or count it and use the next readable one's samples instead."""
+    storage_budget_s: PositiveFloat = 900.0
+    """Seconds for which checkpoints may fail to reach S3, while training goes on, before the run stops."""
     stop_grace_s: PositiveFloat = 60.0
     """Seconds that workers get to finish the step and save after a signal."""
 

@@ -16,16 +16,15 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import OrchestratorError, WorkerLostError
+from orchestrator.errors import FencedError, OrchestratorError, StorageError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.homes import Home, owned, stored_uri
 from orchestrator.launching.preflight import (
     RunRequest,
     check_same_run,
-    choose_checkpoint,
     finished_summary,
-    move_aside,
     prepare,
     run_root,
     write_identity,
@@ -37,13 +36,12 @@ from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.storage.stored_run import StoredRun
 from orchestrator.telemetry.accounting import account
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
-from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.engine import require_precision
 
 __all__ = ["Imagined", "Listener", "plan_job", "run"]
@@ -55,7 +53,7 @@ SAME_SIGNAL_S = 0.5
 class Listener(Protocol):
     """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
 
-    def planned(self, plan: Plan, folder: Path) -> None: ...
+    def planned(self, plan: Plan, folder: str) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
@@ -78,7 +76,7 @@ class _Tracked:
     listener: Listener
     tracking: Tracking
 
-    def planned(self, plan: Plan, folder: Path) -> None:
+    def planned(self, plan: Plan, folder: str) -> None:
         self.listener.planned(plan, folder)
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -102,6 +100,12 @@ class _Followers(NamedTuple):
     metrics: Follower
     evaluations: Follower
     decisions: Follower
+    events: Follower
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> _Followers:
+        tables = (folder.metrics, folder.evaluations, folder.decisions, folder.events)
+        return cls(*map(Follower, tables))
 
 
 def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
@@ -117,7 +121,8 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
     require_trackers(job.config.telemetry.trackers)
-    root = run_root(job.config)
+    if (uri := stored_uri(job.config)) is not None:
+        StoredRun.reached(uri, job.config.storage)  # before data are prepared, which may take long
     sizes = prepare(job)
     address = address_of(request.address)
     profiled = None
@@ -125,30 +130,23 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         shape = embedded_shape()
         profiled = profile_job(job, shape)
         _make_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
-    if request.fresh and (aside := move_aside(root)) is not None:
-        listener.note(f"the earlier run was moved to {aside}")
-    folder = RunFolder(root)
-    folder.create()
-    lock = DriverLock(folder.control)
-    try:
-        check_same_run(request, job, folder)
-        if (done := finished_summary(request, folder)) is not None:
+    with owned(job.config, listener.note, fresh=request.fresh) as home:
+        check_same_run(request, job, home.folder)
+        if (done := finished_summary(request, home.folder)) is not None:
             listener.note(f"{job.config.name} is finished already; start it anew with --fresh")
             return done
-        for note in choose_checkpoint(request, folder):
+        for note in home.choose_checkpoint(request):
             listener.note(note)
-        return _launch(request, job, folder, lock.driver, sizes, profiled, listener, started)
-    finally:
-        lock.release()
+        return _launch(request, job, home, sizes, profiled, listener, started)
 
 
-def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, Path]:
-    """The job, the plan that ``run`` would follow, and the run's folder, without starting anything.
+def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, str]:
+    """The job, the plan that ``run`` would follow, and where the run's folder would be, without starting anything.
 
     With ``imagined`` the plan is for a cluster that does not exist: data need not be there, and nothing is written.
     """
     job = load(request.job, request.args, request.overrides)
-    root = run_root(job.config)
+    root = stored_uri(job.config) or str(run_root(job.config))
     if imagined is not None and any(value is not None for value in imagined):
         return *_imagined_plan(job, imagined), root
     sizes = prepare(job)
@@ -184,16 +182,14 @@ def _imagined_plan(job: Job, imagined: Imagined) -> tuple[Job, Plan]:
 def _launch(
     request: RunRequest,
     job: Job,
-    folder: RunFolder,
-    driver: str,
+    home: Home,
     sizes: tuple[int, int],
     profiled: tuple[Profile | None, str] | None,
     listener: Listener,
     started: float,
 ) -> dict[str, Any]:
-    folder.stop_request.unlink(missing_ok=True)
-    folder.outcome.unlink(missing_ok=True)
-    followers = _Followers(Follower(folder.metrics), Follower(folder.evaluations), Follower(folder.decisions))
+    folder = home.folder
+    followers = _Followers.of(folder)
     for follower in followers:
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
@@ -201,10 +197,18 @@ def _launch(
         plan = _make_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         write_json(folder.plan, plan.to_dict())
-        listener.planned(plan, folder.root)
-        _note_resume(folder, listener)
+        home.identify()
+        listener.planned(plan, home.address)
+        _note_resume(home, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
+        order = Order(
+            job=job,
+            root=folder.root,
+            shape=cluster.shape,
+            driver=home.driver,
+            profile=profiled[0],
+            stored=home.stored,
+        )
         tracking = Tracking(
             functools.partial(
                 make_trackers,
@@ -219,15 +223,17 @@ def _launch(
         attempt = _Fit(order, plan, job.config)
         state = "failed"
         try:
-            outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
+            outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
             state = outcome["state"]
-        except OrchestratorError:
-            _write_end(folder, job.config, {"state": "failed"}, started)
+        except OrchestratorError as error:
+            with contextlib.suppress(StorageError):  # whatever ended the run is what its user should read
+                if not isinstance(error, FencedError):
+                    _write_end(home, job.config, {"state": "failed"}, started)
             raise
         finally:
             teller.end(state)
             tracking.close(state)
-    return _write_end(folder, job.config, outcome, started)
+    return _write_end(home, job.config, outcome, started)
 
 
 def _make_plan(
@@ -249,11 +255,10 @@ def _make_plan(
     return plan
 
 
-def _note_resume(folder: RunFolder, listener: Listener) -> None:
-    existing = list_checkpoints(folder.checkpoints)
-    if existing:
-        listener.note(f"going on from checkpoint {existing[-1].name}")
-    elif folder.metrics.exists():
+def _note_resume(home: Home, listener: Listener) -> None:
+    if (newest := home.newest()) is not None:
+        listener.note(f"going on from checkpoint {newest.rpartition('/')[2]}")
+    elif home.folder.metrics.exists():
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
 
 
@@ -280,33 +285,38 @@ class _Fit:
 
 
 def _watch(
-    attempt: _Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
+    attempt: _Fit, home: Home, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
 ) -> dict[str, Any]:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
+    folder = home.folder
     asked_at: float | None = None
     known = len(_started(folder)) + 1  # this one's own start is no news
     with _signals() as signals:
         while attempt.running:
+            home.check()
             _show(followers, listener)
+            for text in home.news():
+                listener.note(text)
             known = _note_restarts(folder, known, listener)
             teller.look()
             if (address := teller.address()) is not None:
                 listener.note(f"metrics at http://{address}/metrics")
             if signals and asked_at is None:
                 asked_at = time.monotonic()
-                folder.stop_request.touch()
+                home.ask_to_stop()
                 listener.note("stopping: the step is finished and saved; once more to stop at once")
             if asked_at is not None and (_asked_again(signals) or time.monotonic() - asked_at > grace_s):
                 raise WorkerLostError(
                     "stopped without saving; run the same command again to go on from the last checkpoint"
                 )
             time.sleep(POLL_S)
+    home.fetch_end()
     _show(followers, listener)
     if attempt.error is not None:
-        raise _explain(attempt.error, folder)
+        raise _explain(attempt.error, home)
     outcome = read_json(folder.outcome)
     if outcome is None:
-        raise WorkerLostError(f"the workers ended without an outcome in {folder.root}: is that folder shared by all?")
+        raise WorkerLostError(f"the workers ended without an outcome in {home.address}: is that folder shared by all?")
     return outcome
 
 
@@ -317,6 +327,8 @@ def _show(followers: _Followers, listener: Listener) -> None:
         listener.decision(record)
     for record in followers.evaluations.poll():
         listener.evaluation(record)
+    for record in followers.events.poll():
+        listener.note(record["text"])
 
 
 def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
@@ -355,15 +367,15 @@ def _asked_again(signals: list[float]) -> bool:
     return signals[-1] - signals[0] > SAME_SIGNAL_S
 
 
-def _explain(error: BaseException, folder: RunFolder) -> OrchestratorError:
+def _explain(error: BaseException, home: Home) -> OrchestratorError:
     """The error as the user should read it: the worker's own words first, Ray's only where there are none."""
-    causes = [failure for failure in read_failures(folder) if not failure.is_collateral]
+    causes = [failure for failure in read_failures(home.folder) if not failure.is_collateral]
     if causes:
         return to_error(causes[0])
     restarts = "failures.max_restarts"
     return WorkerLostError(
         f"workers were lost more often than {restarts} allows, the last time with: {_first_line(error)}\n"
-        f"run the same command again to go on from the last checkpoint; the logs are in {folder.logs}"
+        f"run the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
     )
 
 
@@ -372,10 +384,10 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
+def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
     """Write ``summary.json`` and the report; a failed run has both too, from what it recorded."""
+    folder = home.folder
     last = outcome.get("last") or {}
-    existing = list_checkpoints(folder.checkpoints)
     train_time_s = last.get("train_time_s") or 0.0
     found = account(read(folder.attempts), read(folder.metrics))
     summary = {
@@ -391,11 +403,12 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "wall_s": time.monotonic() - started,
         "goodput_ratio": found.goodput_ratio(found.last),
         "lost_s": dict(found.lost_s),
-        "checkpoint": str(existing[-1]) if existing else None,
-        "folder": str(folder.root),
-        "report": str(folder.report),
-        "logs": str(folder.logs),
+        "checkpoint": home.newest(),
+        "folder": home.address,
+        "report": f"{home.address}/{folder.report.name}",
+        "logs": f"{home.address}/{folder.logs.name}",
     }
     write_json(folder.summary, summary)
     write_text(folder.report, render(load_run(folder.root)))
+    home.leave_results()
     return summary

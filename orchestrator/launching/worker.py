@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.errors import OrchestratorError
 from orchestrator.job import Job
-from orchestrator.launching.failures import describe, restart_cause, write_failure
+from orchestrator.launching.failures import WorkerFailedError, describe, write_failure
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
+from orchestrator.launching.places import Attempt, Place, SharedPlace, Stored, StoredPlace
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.scheduling.policy import make_policy
-from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.telemetry.meter import Meter
 from orchestrator.telemetry.observing import RunFacts, observe_place
@@ -43,6 +44,8 @@ class Order:
     """Names the driver that gave the order: a worker whose driver has been replaced does not begin."""
     profile: Profile | None = None
     """The model as the driver traced it: from the same numbers every worker makes the same plan."""
+    stored: Stored | None = None
+    """Where the run lies, if that is a store; ``root`` is then the driver's own folder."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -51,20 +54,34 @@ def work(order: dict[str, Order]) -> None:
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    folder = RunFolder(order["order"].root)
-    with _output_in(folder.logs / f"worker-{rank}.log"):
-        worker = _Worker(order["order"], folder, rank, world_size)
-        try:
-            worker.train()
-        except BaseException as error:
-            write_failure(folder, describe(error, rank=rank, step=worker.step + 1))
-            raise
+    try:
+        place = _place(order["order"], rank)
+    except OrchestratorError as error:
+        raise WorkerFailedError(describe(error, rank=rank, step=0)) from error
+    try:
+        with _output_in(place.log):
+            worker = _Worker(order["order"], place, rank, world_size)
+            try:
+                worker.train()
+            except BaseException as error:
+                failure = describe(error, rank=rank, step=worker.step + 1)
+                write_failure(place.folder, failure)
+                raise WorkerFailedError(failure) from error
+    finally:
+        place.leave()
+
+
+def _place(order: Order, rank: int) -> Place:
+    if order.stored is not None:
+        return StoredPlace(order.stored, rank)
+    return SharedPlace(order.root, rank, order.driver)
 
 
 class _Worker:
-    def __init__(self, order: Order, folder: RunFolder, rank: int, world_size: int) -> None:
+    def __init__(self, order: Order, place: Place, rank: int, world_size: int) -> None:
         self._order = order
-        self._folder = folder
+        self._place = place
+        self._folder = place.folder
         self._rank = rank
         self._world_size = world_size
         self._recorder: Any = None
@@ -79,40 +96,27 @@ class _Worker:
         """Train to the end; rank 0 leaves the outcome in the run's folder."""
         from orchestrator.training.loop import train
 
-        fence, attempt, cause = self._fence()
-        run = self._training(fence, attempt, cause)
+        run = self._training(self._begin())
         try:
             outcome = train(run)
         finally:
             if self._publisher is not None:
                 self._publisher.close()
-        if self._rank == 0:
-            run.recorder.end(outcome.state, outcome.reason)
-            state = "stopped" if outcome.stopped else "finished"
-            write_json(
-                self._folder.outcome, {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
-            )
-        fence.release()
+        run.recorder.end(outcome.state, outcome.reason)
+        state = "stopped" if outcome.stopped else "finished"
+        said = {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
+        self._place.end(said if self._rank == 0 else None)
 
-    def _fence(self) -> tuple[Fence, int, str]:
-        """Rank 0 ends every earlier attempt's right to write and numbers this one; all ranks join it."""
+    def _begin(self) -> Attempt:
+        """Rank 0 ends every earlier attempt's right to write and numbers this one."""
         import torch.distributed as dist
 
-        word: list[Any] = [None]
-        if self._rank == 0:
-            token = Fence.begin(self._folder.control, driver=self._order.driver)
-            attempts = read(self._folder.attempts)
-            started = sum(record["event"] == "started" for record in attempts)
-            cause = restart_cause(self._folder, attempts)
-            for stale in self._folder.failures.glob("rank-*.json"):
-                stale.unlink()
-            word = [(token, started + 1, cause)]
+        word: list[Any] = [self._place.begin() if self._rank == 0 else None]
         dist.broadcast_object_list(word, src=0)
-        token, attempt, cause = word[0]
-        return Fence(self._folder.control, token), attempt, cause
+        attempt: Attempt = word[0]
+        return attempt
 
-    def _training(self, fence: Fence, attempt: int, cause: str) -> Any:
-        from orchestrator.training.checkpoint import Checkpoints
+    def _training(self, attempt: Attempt) -> Any:
         from orchestrator.training.data import open_dataset
         from orchestrator.training.engine import Engine
         from orchestrator.training.loop import Training
@@ -121,6 +125,7 @@ class _Worker:
         from orchestrator.training.scheduler import Scheduler
         from orchestrator.training.tracing import Tracer
 
+        guard = self._place.guard(attempt.token)
         task = self._order.job.task
         datasets = task.datasets()
         train_set = open_dataset(datasets.train, self._order.job.config)
@@ -140,14 +145,14 @@ class _Worker:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
         memory = MemoryGauge(device, _memory_share(device, plan))
-        self._publisher = self._publish(config, attempt, str(device), memory.observe)
+        self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
-            fence,
+            guard,
             plan,
             rank=self._rank,
-            attempt=attempt,
-            cause=cause,
+            attempt=attempt.number,
+            cause=attempt.cause,
             facts=_facts(config, plan),
             publisher=self._publisher,
         )
@@ -158,7 +163,7 @@ class _Worker:
             engine=Engine(task, config, plan, device=device),
             train_set=train_set,
             evaluation_set=evaluation_set,
-            checkpoints=Checkpoints(self._folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan)),
+            checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
             recorder=self._recorder,
             scheduler=Scheduler(
                 policy=make_policy(config),
@@ -169,7 +174,7 @@ class _Worker:
             ),
             tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
-            stop_requested=self._folder.stop_request.exists,
+            stop_requested=self._place.stop_requested,
             **_past(self._folder),
         )
 

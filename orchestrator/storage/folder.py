@@ -50,6 +50,11 @@ class RunFolder:
         return self.root / "decisions.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One object per thing that a person should hear of, such as a store that does not answer."""
+        return self.root / "events.jsonl"
+
+    @property
     def attempts(self) -> Path:
         """One object per start and end of a worker group."""
         return self.root / "attempts.jsonl"

@@ -15,13 +15,14 @@ from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
 from orchestrator.training.cadence import Cadence
-from orchestrator.training.checkpoint import Checkpoints, list_checkpoints
+from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import Batches
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
+from orchestrator.training.stored import StoredCheckpoints
 from orchestrator.training.tracing import Tracer
 
 __all__ = ["Outcome", "Training", "train"]
@@ -46,7 +47,7 @@ class Training:
     engine: Engine
     train_set: Dataset
     evaluation_set: Dataset | None
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | StoredCheckpoints
     recorder: Recorder
     scheduler: Scheduler
     tracer: Tracer
@@ -72,6 +73,7 @@ def train(run: Training) -> Outcome:
     cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)
     saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
+        run.checkpoints.check()
         run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
             micro_batches = batches.at(state.samples, state.layout)
@@ -79,7 +81,7 @@ def train(run: Training) -> Outcome:
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(run.stop_requested(), cadence.due(state.step + 1, time.monotonic()), *spoken(decision)),
+            rank_zero_says=(run.stop_requested(), _due(run, cadence, state.step + 1), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
         asked_to_stop, save_due, *said = stats.rank_zero_says
@@ -102,6 +104,7 @@ def train(run: Training) -> Outcome:
         state = _evaluate(run, state)
     if saved_step < state.step:
         _save(run, state)
+    _finish_saving(run)
     run.recorder.rest(run.engine.clock.lap())
     return Outcome(state, reason or "stop requested", stopped=reason is None)
 
@@ -112,6 +115,11 @@ def _over_the_workers(run: Training, state: TrainState) -> TrainState:
         return state
     run.recorder.decision(state, decision)
     return state.changed(decision.kind, decision.layout)
+
+
+def _due(run: Training, cadence: Cadence, step: int) -> bool:
+    """Rank 0 decides: by time only once the last checkpoint has reached its store, so that nobody waits for it."""
+    return cadence.due(step, time.monotonic(), uploading=run.checkpoints.uploading)
 
 
 def _act(
@@ -160,6 +168,15 @@ def _save(run: Training, state: TrainState) -> float:
     return blocked_s
 
 
+def _finish_saving(run: Training) -> None:
+    """Wait for what is still on its way to the store."""
+    started = time.perf_counter()
+    with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
+        run.checkpoints.finish()
+    if (waited_s := time.perf_counter() - started) > NOTICED_S:
+        run.recorder.checkpoint(None, waited_s)
+
+
 def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> None:
     allowed = run.config.failures.skip_nonfinite_steps
     # A loss scaler that is still searching for its scale skips steps by design.
@@ -168,8 +185,8 @@ def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> Non
     )
     if stats.finite or searching or state.nonfinite_in_a_row <= allowed:
         return
-    existing = list_checkpoints(run.checkpoints.root)
-    last = f"the last good checkpoint is {existing[-1]}" if existing else "there is no checkpoint yet"
+    newest = run.checkpoints.newest()
+    last = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
     raise NonFiniteLossError(
         f"step {state.step}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g} at learning rate "
         f"{stats.learning_rate:.3g}; {last}. Lower recipe.optimizer.learning_rate, set recipe.clip_norm, check the "
@@ -177,5 +194,6 @@ def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> Non
     )
 
 
+NOTICED_S = 1e-3
 # DeepSpeed starts at a scale of 2^16 and halves it after each overflow: 16 halvings reach 1.
 FP16_SEARCH_STEPS = 17
