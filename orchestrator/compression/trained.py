@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.job import Task, load
 from orchestrator.storage.folder import RunFolder, find_run, read_json
+from orchestrator.storage.stored_run import fetch_checkpoint
 from orchestrator.training.checkpoint import list_checkpoints, verify
 
 __all__ = ["Trained", "load_trained", "read_weights"]
@@ -50,13 +51,15 @@ def load_trained(run: str) -> Trained:
     config, job = read_json(folder.config), read_json(folder.job)
     if config is None or job is None:
         raise RunFolderError(f"{folder.root}: config.json or job.json is missing: it was never started")
+    parsed = parse_config(config)
+    fetch_checkpoint(folder.root, parsed.storage)
     existing = list_checkpoints(folder.checkpoints)
     if not existing:
         raise CheckpointError(f"{folder.root}: has no checkpoint yet; let it train, then ask again")
     task = load(job["job"], job["args"]).task
     model = task.model()
     _fill(model, read_weights(existing[-1]), existing[-1])
-    return Trained(folder, parse_config(config), task, model.eval(), existing[-1])
+    return Trained(folder, parsed, task, model.eval(), existing[-1])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import FencedError, OrchestratorError, StorageError, WorkerLostError
+from orchestrator.errors import FencedError, OrchestratorError, StorageError, StorageLostError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
@@ -226,7 +226,7 @@ def _launch(
             outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
             state = outcome["state"]
         except OrchestratorError as error:
-            with contextlib.suppress(StorageError):  # whatever ended the run is what its user should read
+            with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
                 if not isinstance(error, FencedError):
                     _write_end(home, job.config, {"state": "failed"}, started)
             raise
@@ -310,7 +310,7 @@ def _watch(
                     "stopped without saving; run the same command again to go on from the last checkpoint"
                 )
             time.sleep(POLL_S)
-    home.fetch_end()
+    _fetch_end(home, failed=attempt.error is not None)
     _show(followers, listener)
     if attempt.error is not None:
         raise _explain(attempt.error, home)
@@ -318,6 +318,14 @@ def _watch(
     if outcome is None:
         raise WorkerLostError(f"the workers ended without an outcome in {home.address}: is that folder shared by all?")
     return outcome
+
+
+def _fetch_end(home: Home, *, failed: bool) -> None:
+    try:
+        home.fetch_end()
+    except StorageError as error:
+        if not failed:  # what failed before is what its user should read
+            raise StorageLostError(f"the workers have ended, but what they say cannot be read: {error}") from None
 
 
 def _show(followers: _Followers, listener: Listener) -> None:
@@ -386,11 +394,21 @@ def _first_line(error: BaseException) -> str:
 
 def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
     """Write ``summary.json`` and the report; a failed run has both too, from what it recorded."""
-    folder = home.folder
+    try:
+        summary = _summary(home, config, outcome, started)
+        write_json(home.folder.summary, summary)
+        write_text(home.folder.report, render(load_run(home.folder.root)))
+        home.leave_results()
+    except StorageError as error:
+        raise StorageLostError(f"the run has {outcome['state']}, but its summary cannot be written: {error}") from None
+    return summary
+
+
+def _summary(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
     last = outcome.get("last") or {}
     train_time_s = last.get("train_time_s") or 0.0
-    found = account(read(folder.attempts), read(folder.metrics))
-    summary = {
+    found = account(read(home.folder.attempts), read(home.folder.metrics))
+    return {
         "name": config.name,
         "state": outcome["state"],
         "reason": outcome.get("reason", ""),
@@ -405,10 +423,6 @@ def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], starte
         "lost_s": dict(found.lost_s),
         "checkpoint": home.newest(),
         "folder": home.address,
-        "report": f"{home.address}/{folder.report.name}",
-        "logs": f"{home.address}/{folder.logs.name}",
+        "report": f"{home.address}/{home.folder.report.name}",
+        "logs": f"{home.address}/{home.folder.logs.name}",
     }
-    write_json(folder.summary, summary)
-    write_text(folder.report, render(load_run(folder.root)))
-    home.leave_results()
-    return summary

@@ -38,6 +38,7 @@ class Claim:
         self._store = store
         self.number = number
         self._beats = 0
+        self._place = _place()
 
     @classmethod
     def take(cls, store: Store, *, waiting: Callable[[str], None], lease_s: float = LEASE_S) -> Claim:
@@ -79,7 +80,7 @@ class Claim:
         process = psutil.Process()
         content = {
             "who": f"process {process.pid} on {socket.gethostname()}",
-            "place": _place(),
+            "place": self._place,
             "process": [process.pid, process.create_time()],
             "beat": [self._beats, secrets.token_hex(8)],
             "released": released,

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.config import CheckpointConfig
 from orchestrator.errors import ConfigError, RunFolderError, did_you_mean, explain_oserror
+from orchestrator.storage.store import is_s3
 
 __all__ = ["RunFolder", "find_run", "read_json", "write_json", "write_text"]
 
@@ -119,9 +120,16 @@ class RunFolder:
 def find_run(name: str) -> RunFolder:
     """The folder of a run that exists, given by path or by its name below the default place.
 
+    For a run in S3, given as ``s3://BUCKET/PREFIX/NAME``, it is a folder of copies on this machine, brought up to date.
+
     Raises:
         ConfigError: there is no run there; the message names those that are.
+        StorageError: the store cannot be used.
     """
+    if is_s3(name):
+        from orchestrator.storage.stored_run import copy_of  # boto3 only where S3 is used
+
+        return RunFolder(copy_of(name))
     default = Path(CheckpointConfig().uri)
     for root in (Path(name), default / name):
         if (root / "config.json").is_file():

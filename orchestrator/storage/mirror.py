@@ -14,6 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from orchestrator.errors import FencedError, NotFoundError, StorageError
 from orchestrator.storage.store import Entry, Store
@@ -31,7 +32,7 @@ class Mirror:
         self._store = store
         self._folder = folder
         self._sent: dict[str, list[bytes]] = {}
-        self._inodes: dict[str, int] = {}
+        self._held: dict[str, BinaryIO] = {}  # open, so that no other file can have the same inode
 
     def push(self, names: Iterable[str]) -> None:
         """Send what has changed of the files ``names``; those that do not exist are left out.
@@ -46,23 +47,23 @@ class Mirror:
     def _push(self, name: str) -> None:
         if name not in self._sent:  # another process may have pushed more than there is now
             self._sent[name] = [b""] * sum(1 for _ in _blocks(self._store, name))
-        sent = self._sent[name]
-        with (self._folder / name).open("rb") as file:
-            now = os.fstat(file.fileno())
-            blocks = -(-now.st_size // BLOCK_BYTES)
-            if len(sent) > blocks:
-                for index in reversed(range(blocks, len(sent))):
-                    self._store.delete(_key(name, index))
-                    del sent[index]
-            grown = self._inodes.get(name) == now.st_ino
-            for index in range(max(0, len(sent) - 1) if grown else 0, blocks):
-                file.seek(index * BLOCK_BYTES)
-                data = file.read(BLOCK_BYTES)
-                digest = hashlib.sha256(data).digest()
-                if sent[index : index + 1] != [digest]:
-                    self._store.write(_key(name, index), data)
-                    sent[index : index + 1] = [digest]
-            self._inodes[name] = now.st_ino
+        sent, held = self._sent[name], self._held.get(name)
+        file = (self._folder / name).open("rb")
+        grown = held is not None and os.path.sameopenfile(held.fileno(), file.fileno())
+        if held is not None:
+            held.close()
+        self._held[name] = file
+        blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
+        for index in reversed(range(blocks, len(sent))):
+            self._store.delete(_key(name, index))
+            del sent[index]
+        for index in range(max(0, len(sent) - 1) if grown else 0, blocks):
+            file.seek(index * BLOCK_BYTES)
+            data = file.read(BLOCK_BYTES)
+            digest = hashlib.sha256(data).digest()
+            if sent[index : index + 1] != [digest]:
+                self._store.write(_key(name, index), data)
+                sent[index : index + 1] = [digest]
 
 
 class Pushing:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import IO
 
 from orchestrator.config import StorageConfig
-from orchestrator.errors import CheckpointError, NotFoundError
+from orchestrator.errors import CheckpointError, ConfigError, NotFoundError, StorageError
 from orchestrator.storage.mirror import Replica
-from orchestrator.storage.store import Store, open_store
-from orchestrator.storage.tree import TreeFile
+from orchestrator.storage.store import Store, check_key, open_store
+from orchestrator.storage.tree import TreeFile, file_sha256
 
 __all__ = [
     "CHECKPOINTS",
@@ -34,6 +34,8 @@ __all__ = [
     "PARTS",
     "STOP",
     "StoredRun",
+    "copy_of",
+    "fetch_checkpoint",
     "files_of",
     "own_folder",
     "working_folder",
@@ -43,6 +45,7 @@ CHECKPOINTS = "checkpoints/"
 MANIFEST, SET_ASIDE, PARTS = "manifest.json", "set-aside.json", ".parts/"
 STOP, OUTCOME, FAILURES = ".control/stop", ".control/outcome.json", ".control/failures/"
 NAME = re.compile(r"step-\d{8}-\d{4}\.\d{4}")
+ORIGIN = ".origin"
 PATIENCE_S = 10.0
 AT_ONCE = 16
 
@@ -80,6 +83,30 @@ class StoredRun:
     def manifest(self, name: str) -> bytes:
         """The manifest of a checkpoint, as it was written."""
         return self.store.read(f"{CHECKPOINTS}{name}/{MANIFEST}")
+
+    def download(self, name: str, folder: Path, *, part: int = 0, parts: int = 1) -> None:
+        """Bring a checkpoint, or every ``parts``-th file of it, to ``folder``; what is there already stays.
+
+        What is missing in the store, or is not what it should be, is left for ``verify`` to find.
+
+        Raises:
+            CheckpointError: the manifest cannot be read.
+            StorageError: see ``Store``.
+        """
+        manifest = self.read(f"{CHECKPOINTS}{name}/{MANIFEST}") or b""
+        files = files_of(manifest)
+
+        def download(file: TreeFile) -> None:
+            path = folder / file.path
+            if not (path.is_file() and path.stat().st_size == file.size_bytes and file_sha256(path) == file.sha256):
+                with contextlib.suppress(NotFoundError):
+                    self.store.download(f"{CHECKPOINTS}{name}/{file.path}", path)
+
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download") as pool:
+            list(pool.map(download, files[part::parts]))
+        if part == 0:
+            _remove_unknown(folder, files)
+            (folder / MANIFEST).write_bytes(manifest)
 
     def set_aside(self, name: str) -> str:
         """Take away the checkpoint's manifest, so that a run goes on from the one before it; its files stay."""
@@ -163,9 +190,48 @@ def files_of(manifest: bytes) -> list[TreeFile]:
     """
     try:
         files = json.loads(manifest)["files"]
-        return [TreeFile(name, int(size), str(digest)) for name, (size, digest) in files.items()]
+        found = [TreeFile(name, int(size), str(digest)) for name, (size, digest) in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST} cannot be read") from None
+    for file in found:
+        try:
+            check_key(file.path)
+        except StorageError:
+            raise CheckpointError(f"the manifest names {file.path!r}, outside of its folder") from None
+    return found
+
+
+def copy_of(uri: str, config: StorageConfig | None = None) -> Path:
+    """Bring what is known of the run at ``uri`` to this machine, but its checkpoints; returns the folder of copies.
+
+    Raises:
+        ConfigError: there is no run there.
+        StorageError: see ``Store``.
+    """
+    run = StoredRun.reached(uri, config or StorageConfig(), write=False)
+    if run.store.stat("config.json") is None:
+        raise ConfigError(f"no run at {uri}: give it as s3://BUCKET/PREFIX/NAME")
+    folder = working_folder(run.uri) / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run.pull(folder)
+    (folder / ORIGIN).write_text(run.uri)
+    return folder
+
+
+def fetch_checkpoint(folder: Path, config: StorageConfig) -> None:
+    """Bring the newest checkpoint of the run that ``folder`` is a copy of there, so that it can be read as in a folder.
+
+    Whether it is whole is for the reader to verify. A folder that is no copy is left as it is.
+
+    Raises:
+        StorageError: see ``Store``.
+    """
+    if not (folder / ORIGIN).is_file():
+        return
+    run = StoredRun((folder / ORIGIN).read_text(), config)
+    if existing := run.checkpoints():
+        run.download(existing[-1], folder / "checkpoints" / existing[-1])
 
 
 def working_folder(uri: str) -> Path:
@@ -174,7 +240,8 @@ def working_folder(uri: str) -> Path:
     ``ORCHESTRATOR_CACHE`` names the place, by default ``~/.cache/orchestrator``. It holds two checkpoints at a time.
     """
     place = os.environ.get("ORCHESTRATOR_CACHE") or "~/.cache/orchestrator"
-    name = uri.rstrip("/").rpartition("/")[2]
+    uri = uri.rstrip("/")
+    name = uri.rpartition("/")[2]
     return Path(place).expanduser().absolute() / "runs" / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
 
 
@@ -194,6 +261,14 @@ def own_folder(shared: Path) -> tuple[Path, IO[bytes]]:
         held = (fresh / "lock").open("ab")
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fresh, held
+
+
+def _remove_unknown(folder: Path, files: Iterable[TreeFile]) -> None:
+    """Remove what lies in a local copy and is not the checkpoint's."""
+    known = {file.path for file in files}
+    for path in folder.rglob("*.pt"):
+        if path.relative_to(folder).as_posix() not in known:
+            path.unlink(missing_ok=True)
 
 
 def _folder_of(key: str) -> str:

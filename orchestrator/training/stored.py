@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,8 +30,8 @@ from orchestrator.errors import (
     explain_oserror,
 )
 from orchestrator.storage.claim import StoreFence
-from orchestrator.storage.stored_run import CHECKPOINTS, MANIFEST, PARTS, StoredRun, files_of
-from orchestrator.storage.tree import TreeFile, file_sha256, upload_tree
+from orchestrator.storage.stored_run import CHECKPOINTS, MANIFEST, PARTS, StoredRun
+from orchestrator.storage.tree import upload_tree
 from orchestrator.training.checkpoint import (
     load_into,
     raise_together,
@@ -52,7 +51,6 @@ Done = TypeVar("Done")
 
 PAUSE_S = 2.0
 LOOK_S = 0.3
-AT_ONCE = 8
 
 
 class Witness(Protocol):
@@ -60,6 +58,7 @@ class Witness(Protocol):
 
     def checkpoint_whole(self, size_bytes: int, duration_s: float) -> None: ...
     def checkpoint_trouble(self, text: str) -> None: ...
+    def event(self, kind: str, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,9 @@ class StoredCheckpoints:
                 if dist.get_rank() == 0:
                     self.fence.refresh()
                     with contextlib.suppress(NotFoundError):
-                        self._run.set_aside(name)
+                        self._witness.event(
+                            "checkpoint_set_aside", f"{error}; set aside as {self._run.set_aside(name)}"
+                        )
                 dist.barrier()
             else:
                 self._newest = name
@@ -139,41 +140,18 @@ class StoredCheckpoints:
         folder.mkdir(parents=True, exist_ok=True)
         here = self._ranks_here(folder)
         part, parts = here.index(dist.get_rank()), len(here)
-        manifest: list[Any] = [None]
-        if dist.get_rank() == 0:
-            with contextlib.suppress(NotFoundError):
-                manifest = [self._run.manifest(name)]
-        dist.broadcast_object_list(manifest, src=0)
         error = ""
         try:
-            self._download(name, folder, manifest[0] or b"", part, parts)
+            self._run.download(name, folder, part=part, parts=parts)
         except CheckpointError as found:
-            error = str(found)
+            error = f"checkpoint {self._run.uri}/{CHECKPOINTS}{name}: {found}"
         raise_together(error)
         try:
             verify(folder, part=part, parts=parts)
         except CheckpointError as found:
-            error = str(found)
+            error = str(found).replace(str(folder), f"{self._run.uri}/{CHECKPOINTS}{name}")
         raise_together(error)
         return folder
-
-    def _download(self, name: str, folder: Path, manifest: bytes, part: int, parts: int) -> None:
-        files = files_of(manifest)
-        if part == 0:
-            (folder / MANIFEST).write_bytes(manifest)
-            known = {file.path for file in files}
-            for stale in folder.rglob("*.pt"):
-                if stale.relative_to(folder).as_posix() not in known:
-                    stale.unlink()
-
-        def download(file: TreeFile) -> None:
-            path = folder / file.path
-            if not (path.is_file() and path.stat().st_size == file.size_bytes and file_sha256(path) == file.sha256):
-                with contextlib.suppress(NotFoundError):  # what is missing is told by ``verify``
-                    self._run.store.download(f"{CHECKPOINTS}{name}/{file.path}", path)
-
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="restore") as pool:
-            list(pool.map(download, files[part::parts]))
 
     def _ranks_here(self, folder: Path) -> list[int]:
         """Which ranks see the same ``folder``, by a mark that each leaves in it."""
