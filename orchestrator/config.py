@@ -528,7 +528,9 @@ class FailureConfig(Part):
     """What a run does about trouble."""
 
     max_restarts: NonNegativeInt = 3
-    """How often lost workers are replaced before the run fails."""
+    """How often lost workers are replaced, without progress in between, before the run fails."""
+    max_preemptions: NonNegativeInt = 100
+    """The same for workers whose nodes were taken away after notice."""
     skip_nonfinite_steps: NonNegativeInt = 0
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
     on_corrupt_row_group: Literal["stop", "skip"] = "stop"
