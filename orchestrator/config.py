@@ -531,6 +531,10 @@ class FailureConfig(Part):
     """How often lost workers are replaced, without progress in between, before the run fails."""
     max_preemptions: NonNegativeInt = 100
     """The same for workers whose nodes were taken away after notice."""
+    hang_factor: PositiveFloat = 50.0
+    """A step that takes so many times as long as usual hangs: its stacks are written down, and the run starts again."""
+    hang_least_s: PositiveFloat = 600.0
+    """Seconds that a step may take in any case."""
     skip_nonfinite_steps: NonNegativeInt = 0
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
     on_corrupt_row_group: Literal["stop", "skip"] = "stop"

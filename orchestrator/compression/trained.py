@@ -51,7 +51,7 @@ def load_trained(run: str) -> Trained:
     config, job = read_json(folder.config), read_json(folder.job)
     if config is None or job is None:
         raise RunFolderError(f"{folder.root}: config.json or job.json is missing: it was never started")
-    parsed = parse_config(config)
+    parsed: RunConfig = parse_config(config)
     fetch_checkpoint(folder.root, parsed.storage)
     existing = list_checkpoints(folder.checkpoints)
     if not existing:

@@ -189,6 +189,7 @@ def _launch(
     started: float,
 ) -> dict[str, Any]:
     folder = home.folder
+    folder.change.unlink(missing_ok=True)
     followers = _Followers.of(folder)
     for follower in followers:
         follower.poll()
@@ -208,6 +209,7 @@ def _launch(
             driver=home.driver,
             profile=profiled[0],
             stored=home.stored,
+            drains=not cluster.embedded,
         )
         tracking = Tracking(
             functools.partial(
@@ -220,10 +222,13 @@ def _launch(
         )
         listener = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        attempt = _Fit(order, plan, job.config)
-        state = "failed"
+        state, outcome = "failed", None
         try:
-            outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
+            while outcome is None:
+                attempt = _Fit(order, plan, job.config)
+                outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
+                if outcome is None:
+                    order = _changed(order, folder, listener)
             state = outcome["state"]
         except OrchestratorError as error:
             with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
@@ -262,6 +267,21 @@ def _note_resume(home: Home, listener: Listener) -> None:
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
 
 
+def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:
+    """The order with what is to be different after a failure."""
+    change = read_json(folder.change) or {}
+    folder.change.unlink()
+    changed = dataclasses.replace(
+        order,
+        micro_batch_limit=change["micro_batch"] or order.micro_batch_limit,
+        avoid=(*order.avoid, *change["avoid"]),
+    )
+    limit = f"at most {changed.micro_batch_limit} samples in a micro batch" if change["micro_batch"] else ""
+    nodes = f"without node {', '.join(change['avoid'])}" if change["avoid"] else ""
+    listener.note(f"{change['reason']}: starting the workers anew, {limit or nodes}")
+    return changed
+
+
 class _Fit:
     """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
 
@@ -286,8 +306,11 @@ class _Fit:
 
 def _watch(
     attempt: _Fit, home: Home, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
-) -> dict[str, Any]:
-    """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
+) -> dict[str, Any] | None:
+    """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it.
+
+    Returns what rank 0 says of the end, or None where the workers are to be started in another way.
+    """
     folder = home.folder
     asked_at: float | None = None
     known = len(_started(folder)) + 1  # this one's own start is no news
@@ -313,6 +336,8 @@ def _watch(
     _fetch_end(home, failed=attempt.error is not None)
     _show(followers, listener)
     if attempt.error is not None:
+        if folder.change.exists() and asked_at is None:
+            return None
         raise _explain(attempt.error, home)
     outcome = read_json(folder.outcome)
     if outcome is None:
@@ -380,9 +405,10 @@ def _explain(error: BaseException, home: Home) -> OrchestratorError:
     causes = [failure for failure in read_failures(home.folder) if not failure.is_collateral]
     if causes:
         return to_error(causes[0])
-    restarts = "failures.max_restarts"
+    log = read(home.folder.failure_log)
+    reason = log[-1]["reason"] if log else "the workers were lost"
     return WorkerLostError(
-        f"workers were lost more often than {restarts} allows, the last time with: {_first_line(error)}\n"
+        f"{reason}; the last time with: {_first_line(error)}\n"
         f"run the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
     )
 

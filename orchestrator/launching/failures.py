@@ -13,21 +13,30 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator import errors
-from orchestrator.errors import OrchestratorError, RequestError, StorageError, StorageLostError, UserCodeError
+from orchestrator.errors import (
+    OrchestratorError,
+    RequestError,
+    StorageError,
+    StorageLostError,
+    UserCodeError,
+    WorkerLostError,
+)
 from orchestrator.storage.folder import RunFolder, write_json
 
 __all__ = [
     "Failure",
     "WorkerFailedError",
     "describe",
+    "hanging",
     "lost_mark",
     "read_failures",
     "restart_cause",
+    "said_by",
     "to_error",
     "write_failure",
 ]
 
-Kind = Literal["request", "run", "user", "memory", "peer", "storage"]
+Kind = Literal["request", "run", "user", "memory", "peer", "storage", "hang"]
 # A rank whose peer died fails in its next collective; the words are gloo's, NCCL's and torch's own.
 PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|peer|gloo|nccl|socket|broken pipe|timed? ?out|store", re.IGNORECASE
@@ -78,6 +87,11 @@ def describe(error: BaseException, *, rank: int, step: int) -> Failure:
     )
 
 
+def hanging(message: str, trace: str, *, rank: int, step: int) -> Failure:
+    """The last words of a worker that takes no step any more; ``trace`` says where its threads stand."""
+    return Failure(rank, step, "hang", "WorkerLostError", message, "", trace)
+
+
 def write_failure(folder: RunFolder, failure: Failure) -> None:
     """Leave ``failure`` in the run's folder for the driver."""
     write_json(folder.failures / f"rank-{failure.rank:05d}.json", asdict(failure))
@@ -118,8 +132,12 @@ def lost_mark(folder: RunFolder) -> Path:
 
 def to_error(failure: Failure) -> OrchestratorError:
     """The exception that the command ends with: the worker's own where it is one of ours."""
+    if failure.kind == "storage":
+        return StorageLostError(failure.message)
+    if failure.kind == "hang":
+        return WorkerLostError(f"rank {failure.rank}, step {failure.step}: {failure.message}\n\n{failure.trace}")
     own = getattr(errors, failure.error, None)
-    if failure.kind in ("request", "run", "storage") and isinstance(own, type) and issubclass(own, OrchestratorError):
+    if failure.kind in ("request", "run") and isinstance(own, type) and issubclass(own, OrchestratorError):
         return own(failure.message)
     where = f"rank {failure.rank}, step {failure.step}"
     frame = f"\n{failure.frame}" if failure.frame else ""
@@ -132,7 +150,7 @@ def to_error(failure: Failure) -> OrchestratorError:
 
 
 def _kind(error: BaseException) -> Kind:
-    if isinstance(error, StorageError | StorageLostError):
+    if isinstance(error, StorageError):
         return "storage"
     if isinstance(error, RequestError):
         return "request"

@@ -87,9 +87,8 @@ def stored_uri(config: RunConfig) -> str | None:
 class FolderHome:
     """See ``Home``: what workers and driver write is there for both."""
 
-    stored = None
-
     def __init__(self, folder: RunFolder, driver: str) -> None:
+        self.stored: Stored | None = None
         self.folder = folder
         self.driver = driver
         self.address = str(folder.root)
@@ -136,11 +135,12 @@ class StoredHome:
     def __init__(self, run: StoredRun, storage: StorageConfig, claim: Claim) -> None:
         self._run = run
         self._claim = claim
-        self.stored = Stored(run.uri, storage, claim.number)
+        self._given = Stored(run.uri, storage, claim.number)
+        self.stored: Stored | None = self._given
         self.driver = str(claim.number)
         self.folder = RunFolder(working_folder(run.uri) / "driver")
         self.address = run.uri
-        self._replica = Replica(self.stored.run(quick=True).store, self.folder.root)
+        self._replica = Replica(self._given.run(quick=True).store, self.folder.root)
         self._news: list[str] = []
         self._error: OrchestratorError | None = None
         self._end = threading.Event()
@@ -197,7 +197,7 @@ class StoredHome:
     def ask_to_stop(self) -> None:
         """Ask the workers to save and stop; without the store they cannot be asked, nor could they save."""
         with contextlib.suppress(StorageError):
-            self.stored.run(quick=True).store.write(STOP, b"stop")
+            self._given.run(quick=True).store.write(STOP, b"stop")
 
     def news(self) -> list[str]:
         """What a person should hear, once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,8 +205,8 @@ class StoredPlace:
         self._stop = self._stop or self._quick.store.stat(STOP) is not None
 
 
-def _number(attempts: Any) -> int:
-    return sum(record["event"] == "started" for record in attempts) + 1
+def _number(attempts: Sequence[Mapping[str, Any]]) -> int:
+    return sum(1 for record in attempts if record["event"] == "started") + 1
 
 
 def _nothing() -> None:

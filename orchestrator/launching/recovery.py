@@ -6,7 +6,7 @@ often in a row it was stopped without a newer checkpoint in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,10 +48,12 @@ class Answer:
     avoid: tuple[str, ...] = ()
 
 
-def answer(troubles: Sequence[Trouble], config: FailureConfig, *, micro_batch: int, nodes: int) -> Answer:
-    """What to do about the last of ``troubles``, which are all of this run, oldest first.
+def answer(
+    troubles: Sequence[Trouble], config: FailureConfig, *, micro_batch: int, avoidable: Collection[str] = ()
+) -> Answer:
+    """What to do about the last of ``troubles``, which are all since the driver began, oldest first.
 
-    ``micro_batch`` is the one in use, ``nodes`` how many the cluster has beyond those that are avoided already.
+    ``micro_batch`` is the one in use; ``avoidable`` are the nodes without any one of which the workers have room.
     """
     last = troubles[-1]
     if last.cause in HOPELESS:
@@ -63,7 +65,7 @@ def answer(troubles: Sequence[Trouble], config: FailureConfig, *, micro_batch: i
     spent = sum(1 for trouble in row if _budget(trouble, config)[1] == field)
     if spent > budget:
         return Answer("stop", f"{_told(last)} {spent} times without progress: more than {field}={budget}")
-    if (suspect := _suspect(row)) is not None and nodes > 1:
+    if (suspect := _suspect(row)) is not None and suspect in avoidable:
         return Answer("change", f"{SUSPECT_AFTER} failures in a row began on node {suspect}", avoid=(suspect,))
     return Answer("restart", f"{_told(last)}: restart {spent} of {budget} without progress")
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import StorageError
-from orchestrator.launching.failures import lost_mark, read_failures, said_by, write_failure
-from orchestrator.launching.places import Stored
+from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
+from orchestrator.launching.recovery import Cause, Trouble, answer
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.filesystem import storage_filesystem
-from orchestrator.storage.folder import RunFolder
+from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.telemetry.records import JsonLines, read
+from orchestrator.training.checkpoint import list_checkpoints
 
-__all__ = ["StopOnError", "make_trainer"]
+__all__ = ["Recovery", "make_trainer", "spare_nodes"]
 
 
 def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
@@ -31,13 +37,19 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
         work,
         train_loop_config={"order": order},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            label_selector={"ray.io/node-id": f"!in({','.join(order.avoid)})"} if order.avoid else None,
+        ),
         run_config=RayRunConfig(
             # Ray keeps its own records here. It is given no checkpoints, so nothing in them decides what exists.
             name="ray",
             **_rays_own(order),
-            failure_config=FailureConfig(max_failures=config.failures.max_restarts),
-            callbacks=[StopOnError(order.root, order.stored)],  # type: ignore[list-item]
+            # How often is decided by ``recovery.answer``; Ray only does as it is told.
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=config.failures.max_preemptions),
+            callbacks=[Recovery(order, plan, config)],  # type: ignore[list-item]
         ),
     )
 
@@ -50,24 +62,105 @@ def _rays_own(order: Order) -> dict[str, Any]:
     return {"storage_filesystem": filesystem, "storage_path": path}
 
 
-class StopOnError(UserCallback):
-    """Ends a run at once where a retry would meet the same error; lost workers are left to Ray's restarts."""
+class Recovery(UserCallback):
+    """Asks the policy about each failure, writes the answer down, and ends the attempt or leaves the restart to Ray.
 
-    def __init__(self, root: Path, stored: Stored | None = None) -> None:
-        self._folder = RunFolder(root)
-        self._stored = stored
+    It lives in Ray Train's controller, on the driver's node, and so works in the driver's folder.
+    """
+
+    def __init__(self, order: Order, plan: Plan, config: RunConfig) -> None:
+        self._folder = RunFolder(order.root)
+        self._order = order
+        self._plan = plan
+        self._config = config
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Called in Ray Train's controller; raising there ends the run without a retry."""
-        if self._stored is not None:  # in a shared folder the next attempt does this, once it has fenced off this one
+        """Called by Ray Train; raising here ends ``fit`` without a retry."""
+        causes = [failure for failure in self._last_words(worker_exceptions) if not failure.is_collateral]
+        trouble = self._trouble(causes, worker_exceptions)
+        said = causes[0].message if causes else ""
+        known = [record for record in read(self._folder.failure_log) if record["driver"] == self._order.driver]
+        earlier = [Trouble(record["cause"], record["step"], record["node"]) for record in known]
+        found = answer(
+            [*earlier, trouble],
+            self._config.failures,
+            micro_batch=self._micro_batch(),
+            avoidable=spare_nodes(self._plan.layout.workers, self._config.scale.cpus_per_worker, self._order.avoid),
+        )
+        record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
+        with JsonLines(self._folder.failure_log) as log:
+            log.append({**record, "action": found.action, "reason": found.reason})
+        self._publish()
+        if found.action == "restart":
+            lost_mark(self._folder).touch()
+            return
+        if found.action == "change":
+            change = {"reason": found.reason, "micro_batch": found.micro_batch, "avoid": list(found.avoid)}
+            write_json(self._folder.change, change)
+        raise RuntimeError(found.reason)
+
+    def _last_words(self, worker_exceptions: dict[int, Exception]) -> list[Failure]:
+        """What the workers said: by Ray, and in the folder or the store those that could not go on to say it."""
+        if self._order.stored is not None:
             for stale in self._folder.failures.glob("rank-*.json"):
                 stale.unlink()
+            with contextlib.suppress(StorageError):
+                self._order.stored.run(quick=True).failures(self._folder.failures)
         for failure in said_by(worker_exceptions):
             write_failure(self._folder, failure)
-        if self._stored is not None:
+        return read_failures(self._folder)
+
+    def _trouble(self, causes: Sequence[Failure], worker_exceptions: dict[int, Exception]) -> Trouble:
+        lost = {rank: died for rank, error in worker_exceptions.items() if (died := _death(error)) is not None}
+        if not causes and any(death.preempted for death in lost.values()):
+            cause: Cause = "preempted"
+        else:
+            cause = causes[0].kind if causes and causes[0].kind != "peer" else "worker_lost"
+        ranks = [causes[0].rank] if causes else list(lost)
+        nodes = self._nodes()
+        places = {nodes[rank] for rank in ranks if rank < len(nodes)}
+        return Trouble(cause, self._newest_step(), places.pop() if len(places) == 1 else None)
+
+    def _newest_step(self) -> int:
+        if self._order.stored is None:
+            names = [path.name for path in list_checkpoints(self._folder.checkpoints)]
+        else:
+            try:
+                names = self._order.stored.run(quick=True).checkpoints()
+            except StorageError:
+                return 0
+        return int(names[-1].split("-")[1]) if names else 0
+
+    def _nodes(self) -> Sequence[str]:
+        """The node of each rank, as the last attempt wrote it down."""
+        started = [record for record in read(self._folder.attempts) if record["event"] == "started"]
+        return started[-1].get("nodes", ()) if started else ()
+
+    def _micro_batch(self) -> int:
+        steps = read(self._folder.metrics)
+        used = int(steps[-1]["micro_batch"]) if steps else self._plan.layout.micro_batch
+        return min(used, self._order.micro_batch_limit or used)
+
+    def _publish(self) -> None:
+        if self._order.stored is not None:
             with contextlib.suppress(StorageError):  # the next attempt asks why there is one, if it can
-                self._stored.run(quick=True).publish_failures(self._folder.failures)
-        causes = [failure for failure in read_failures(self._folder) if not failure.is_collateral]
-        if causes and causes[0].kind != "storage":
-            raise RuntimeError(f"rank {causes[0].rank}: {causes[0].error}: not retried")
-        lost_mark(self._folder).touch()
+                run = self._order.stored.run(quick=True)
+                run.publish_failures(self._folder.failures)
+                run.publish(self._folder.root, [self._folder.failure_log.name])
+
+
+def spare_nodes(workers: int, cpus_per_worker: float, avoided: Sequence[str] = ()) -> frozenset[str]:
+    """The nodes without any one of which the others still have the CPUs for all workers."""
+    cpus = {
+        node["NodeID"]: node["Resources"].get("CPU", 0.0)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in avoided
+    }
+    needed = workers * cpus_per_worker
+    return frozenset(node for node, own in cpus.items() if sum(cpus.values()) - own >= needed)
+
+
+def _death(error: Exception) -> RayActorError | None:
+    """Ray's own word on a worker that is gone, or None for one that raised."""
+    found = getattr(error, "health_check_failure", None) or error
+    return found if isinstance(found, RayActorError) else None

@@ -46,6 +46,12 @@ class Order:
     """The model as the driver traced it: from the same numbers every worker makes the same plan."""
     stored: Stored | None = None
     """Where the run lies, if that is a store; ``root`` is then the driver's own folder."""
+    micro_batch_limit: int | None = None
+    """The largest micro batch, after a larger one ran out of memory."""
+    avoid: tuple[str, ...] = ()
+    """Ids of nodes on which no worker is to be placed."""
+    drains: bool = False
+    """Whether nodes may be taken away after notice: not those of an embedded cluster."""
 
 
 def work(order: dict[str, Order]) -> None:

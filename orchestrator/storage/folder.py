@@ -61,6 +61,11 @@ class RunFolder:
         return self.root / "attempts.jsonl"
 
     @property
+    def failure_log(self) -> Path:
+        """One object per attempt that failed: why, where, and what was done about it."""
+        return self.root / "failures.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -92,6 +97,11 @@ class RunFolder:
     def outcome(self) -> Path:
         """What rank 0 says of the end of an attempt."""
         return self.control / "outcome.json"
+
+    @property
+    def change(self) -> Path:
+        """What the workers are to be started with instead, after a failure that this may mend."""
+        return self.control / "change.json"
 
     @property
     def stop_request(self) -> Path:

@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,14 +26,24 @@ BLOCK_BYTES = 2**20
 BLOCK = re.compile(r"(.+?)(?:\.(\d{5}))?")
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What was last sent of a block."""
+
+    size_bytes: int
+    sha256: bytes
+
+
+UNKNOWN = _Block(0, b"")
+
+
 class Mirror:
     """Brings files below ``folder`` to ``store`` as they grow. One process pushes a file, and nobody else."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
         self._folder = folder
-        self._sent: dict[str, list[bytes]] = {}
-        self._held: dict[str, BinaryIO] = {}  # open, so that no other file can have the same inode
+        self._sent: dict[str, list[_Block]] = {}
 
     def push(self, names: Iterable[str]) -> None:
         """Send what has changed of the files ``names``; those that do not exist are left out.
@@ -46,24 +57,29 @@ class Mirror:
 
     def _push(self, name: str) -> None:
         if name not in self._sent:  # another process may have pushed more than there is now
-            self._sent[name] = [b""] * sum(1 for _ in _blocks(self._store, name))
-        sent, held = self._sent[name], self._held.get(name)
-        file = (self._folder / name).open("rb")
-        grown = held is not None and os.path.sameopenfile(held.fileno(), file.fileno())
-        if held is not None:
-            held.close()
-        self._held[name] = file
-        blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
-        for index in reversed(range(blocks, len(sent))):
-            self._store.delete(_key(name, index))
-            del sent[index]
-        for index in range(max(0, len(sent) - 1) if grown else 0, blocks):
-            file.seek(index * BLOCK_BYTES)
-            data = file.read(BLOCK_BYTES)
-            digest = hashlib.sha256(data).digest()
-            if sent[index : index + 1] != [digest]:
-                self._store.write(_key(name, index), data)
-                sent[index : index + 1] = [digest]
+            self._sent[name] = [UNKNOWN for _ in _blocks(self._store, name)]
+        sent = self._sent[name]
+        with (self._folder / name).open("rb") as file:
+            blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
+            for index in reversed(range(blocks, len(sent))):
+                self._store.delete(_key(name, index))
+                del sent[index]
+            for index in range(_first_to_look_at(file, sent), blocks):
+                file.seek(index * BLOCK_BYTES)
+                data = file.read(BLOCK_BYTES)
+                block = _Block(len(data), hashlib.sha256(data).digest())
+                if sent[index : index + 1] != [block]:
+                    self._store.write(_key(name, index), data)
+                    sent[index : index + 1] = [block]
+
+
+def _first_to_look_at(file: BinaryIO, sent: Sequence[_Block]) -> int:
+    """The last block that was sent, if the file has only grown since; else the first."""
+    last = len(sent) - 1
+    if last < 0:
+        return 0
+    file.seek(last * BLOCK_BYTES)
+    return last if hashlib.sha256(file.read(sent[last].size_bytes)).digest() == sent[last].sha256 else 0
 
 
 class Pushing:

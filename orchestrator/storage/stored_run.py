@@ -71,7 +71,7 @@ class StoredRun:
             probe.write(".control/probe", b"")
             probe.delete(".control/probe")
         else:
-            probe.stat("config.json")
+            next(iter(probe.list(".control/")), None)  # a bucket that is not there has no objects, which is no answer
         return cls(uri, config)
 
     # -- checkpoints ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
 from orchestrator.training.stored import StoredCheckpoints
 from orchestrator.training.tracing import Tracer
+from orchestrator.training.watchdog import Watchdog
 
 __all__ = ["Outcome", "Training", "train"]
 
@@ -53,6 +54,7 @@ class Training:
     tracer: Tracer
     rank: int
     stop_requested: Callable[[], bool]
+    watchdog: Watchdog = field(default_factory=Watchdog)
     failures: int = 0
     """Earlier attempts that did not end by themselves."""
     lived_s: float = 0.0
@@ -74,6 +76,7 @@ def train(run: Training) -> Outcome:
     saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
         run.checkpoints.check()
+        run.watchdog.beat()
         run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
             micro_batches = batches.at(state.samples, state.layout)
@@ -99,6 +102,7 @@ def train(run: Training) -> Outcome:
         if (save_due or state.best != best) and stats.finite:
             cadence = cadence.saved(time.monotonic(), _save(run, state))
             saved_step = state.step
+    run.watchdog.rest()
     run.tracer.close()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
@@ -143,16 +147,17 @@ def _learning_rate(run: Training, state: TrainState) -> float:
 
 def _evaluate(run: Training, state: TrainState) -> TrainState:
     assert run.evaluation_set is not None
+    run.watchdog.rest()
     started = time.perf_counter()
     with run.engine.clock.part("evaluation"):
         metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
     best = run.config.checkpoint.best
-    for field, wanted in (
+    for name, wanted in (
         ("recipe.stop.metric", run.plan.stop.metric),
         ("checkpoint.best", best and best.split(":")[0]),
     ):
         if wanted is not None and wanted not in metrics:
-            raise ConfigError(f"{field}={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}")
+            raise ConfigError(f"{name}={wanted!r} is none of the task's metrics; {did_you_mean(wanted, metrics)}")
     state = state.evaluated(metrics, best)
     run.recorder.evaluation(state, time.perf_counter() - started)
     return state
@@ -160,6 +165,7 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
 
 def _save(run: Training, state: TrainState) -> float:
     """Save; returns for how many seconds the run was held up."""
+    run.watchdog.rest()
     started = time.perf_counter()
     with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
         saved = run.checkpoints.save(run.engine, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import get_args
 
 import pytest
@@ -24,8 +25,8 @@ TROUBLES = st.lists(
 )
 
 
-def ask(*troubles: Trouble, micro_batch: int = 8, nodes: int = 3) -> Answer:
-    return answer(troubles, CONFIG, micro_batch=micro_batch, nodes=nodes)
+def ask(*troubles: Trouble, micro_batch: int = 8, avoidable: Collection[str] = ("a", "b")) -> Answer:
+    return answer(troubles, CONFIG, micro_batch=micro_batch, avoidable=avoidable)
 
 
 def lost(step: int, node: str | None = None) -> Trouble:
@@ -88,6 +89,6 @@ def test_a_node_that_fails_again_is_avoided() -> None:
     assert ask(lost(5, "a"), lost(5, "b")).action == "restart"
     assert ask(lost(5, None), lost(5, None)).action == "restart"
     assert ask(lost(5, "a"), lost(9, "a")).action == "restart", "it did its work in between"
-    assert ask(lost(5, "a"), lost(5, "a"), nodes=1).action == "restart", "there is no other"
+    assert ask(lost(5, "a"), lost(5, "a"), avoidable=["b"]).action == "restart", "there is no room elsewhere"
     preempted = Trouble("preempted", 5, "a")
     assert ask(preempted, preempted).action == "restart", "to be taken away is no fault"
