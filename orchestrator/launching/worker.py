@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import Job
-from orchestrator.launching.failures import WorkerFailedError, describe, write_failure
+from orchestrator.launching.drains import DrainNotice
+from orchestrator.launching.failures import WorkerFailedError, describe, hanging, write_failure
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
 from orchestrator.launching.places import Attempt, Place, SharedPlace, Stored, StoredPlace
@@ -31,6 +32,8 @@ from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
 
 __all__ = ["Order", "work"]
+
+HANG_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ class _Worker:
         """Train to the end; rank 0 leaves the outcome in the run's folder."""
         from orchestrator.training.loop import train
 
-        run = self._training(self._begin())
+        run = self._training(*self._begin())
         try:
             outcome = train(run)
         finally:
+            run.watchdog.close()
             if self._publisher is not None:
                 self._publisher.close()
         run.recorder.end(outcome.state, outcome.reason)
@@ -113,23 +117,26 @@ class _Worker:
         said = {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
         self._place.end(said if self._rank == 0 else None)
 
-    def _begin(self) -> Attempt:
-        """Rank 0 ends every earlier attempt's right to write and numbers this one."""
+    def _begin(self) -> tuple[Attempt, list[str]]:
+        """Rank 0 ends every earlier attempt's right to write and numbers this one; also the node of each rank."""
+        import ray
         import torch.distributed as dist
 
         word: list[Any] = [self._place.begin() if self._rank == 0 else None]
         dist.broadcast_object_list(word, src=0)
-        attempt: Attempt = word[0]
-        return attempt
+        nodes: list[Any] = [None] * self._world_size
+        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+        return word[0], nodes
 
-    def _training(self, attempt: Attempt) -> Any:
+    def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
         from orchestrator.training.engine import Engine
-        from orchestrator.training.loop import Training
+        from orchestrator.training.loop import NoNotice, Training
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
         from orchestrator.training.scheduler import Scheduler
         from orchestrator.training.tracing import Tracer
+        from orchestrator.training.watchdog import Watchdog
 
         guard = self._place.guard(attempt.token)
         task = self._order.job.task
@@ -138,7 +145,7 @@ class _Worker:
         evaluation_set = (
             None if datasets.evaluation is None else open_dataset(datasets.evaluation, self._order.job.config)
         )
-        config = _for_workers(self._order.job.config, self._world_size)
+        config = _for_workers(self._order.job.config, self._world_size, self._order.micro_batch_limit)
         evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
         plan = make_plan(
             config,
@@ -150,7 +157,7 @@ class _Worker:
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
-        memory = MemoryGauge(device, _memory_share(device, plan))
+        memory = MemoryGauge(device, _memory_share(device, plan), limit=self._order.micro_batch_limit)
         self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
@@ -160,6 +167,7 @@ class _Worker:
             attempt=attempt.number,
             cause=attempt.cause,
             facts=_facts(config, plan),
+            nodes=nodes,
             publisher=self._publisher,
         )
         return Training(
@@ -181,8 +189,23 @@ class _Worker:
             tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
             stop_requested=self._place.stop_requested,
+            watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
+            notice=DrainNotice() if self._order.drains else NoNotice(),
             **_past(self._folder),
         )
+
+    def _hangs(self, seen: str) -> None:
+        """In the watchdog's thread: leave word of where every thread stands, and end this process.
+
+        The other ranks' watchdogs wake at the same time; they get a moment to do the same.
+        """
+        from orchestrator.training.watchdog import stacks
+
+        failure = hanging(seen, stacks(), rank=self._rank, step=self.step + 1)
+        write_failure(self._folder, failure)
+        self._place.tell(failure)
+        time.sleep(HANG_GRACE_S)
+        os._exit(1)
 
     def _publish(
         self, config: RunConfig, attempt: int, device: str, sample: Callable[[Meter], None]
@@ -214,9 +237,19 @@ def _past(folder: RunFolder) -> dict[str, Any]:
     return {"failures": max(0, failures), "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
 
 
-def _for_workers(config: RunConfig, workers: int) -> RunConfig:
-    """The config at the number of workers that Ray gave: an elastic range becomes a number."""
-    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers})})
+def _for_workers(config: RunConfig, workers: int, limit: int | None = None) -> RunConfig:
+    """The config at the number of workers that Ray gave: an elastic range becomes a number.
+
+    With a ``limit`` the micro batch is the largest within it that divides a worker's share of the global batch.
+    """
+    update: dict[str, Any] = {"scale": config.scale.model_copy(update={"workers": workers})}
+    if limit is not None:
+        batch = config.recipe.batch if config.layout.global_batch == "auto" else config.layout.global_batch
+        share = max(1, batch // workers)
+        micro_batch = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+        layout = {"global_batch": batch, "micro_batch": micro_batch, "accumulation": "auto"}
+        update["layout"] = config.layout.model_copy(update=layout)
+    return config.model_copy(update=update)
 
 
 def _layout_key(plan: Plan) -> dict[str, Any]:

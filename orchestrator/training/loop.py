@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +27,31 @@ from orchestrator.training.stored import StoredCheckpoints
 from orchestrator.training.tracing import Tracer
 from orchestrator.training.watchdog import Watchdog
 
-__all__ = ["Outcome", "Training", "train"]
+__all__ = ["NoNotice", "Notice", "Outcome", "Training", "train"]
+
+
+class Notice(Protocol):
+    """Whether nodes of the run are about to be taken away."""
+
+    def due(self) -> bool:
+        """On rank 0: whether it is time to ask."""
+        ...
+
+    def ask(self) -> str | None:
+        """On every rank at the same step: what is to be said of it, once for each notice."""
+        ...
+
+
+class NoNotice:
+    """Nodes stay, or go without a word."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def ask(self) -> str | None:
+        """Nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,7 @@ class Training:
     rank: int
     stop_requested: Callable[[], bool]
     watchdog: Watchdog = field(default_factory=Watchdog)
+    notice: Notice = field(default_factory=NoNotice)
     failures: int = 0
     """Earlier attempts that did not end by themselves."""
     lived_s: float = 0.0
@@ -84,11 +110,11 @@ def train(run: Training) -> Outcome:
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(run.stop_requested(), _due(run, cadence, state.step + 1), *spoken(decision)),
+            rank_zero_says=(*_asks(run, cadence, state.step + 1), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
-        asked_to_stop, save_due, *said = stats.rank_zero_says
-        stop = bool(asked_to_stop)
+        stop, save_due, look, *said = stats.rank_zero_says
+        warned = bool(look) and _warned(run)
         before, state = state, state.after(stats, run.plan, run.config)
         lap = run.engine.clock.lap()
         run.recorder.step(state, stats, lap, run.engine.loss_scale, batches.skipped_samples)
@@ -99,8 +125,8 @@ def train(run: Training) -> Outcome:
         best = state.best
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
-        if (save_due or state.best != best) and stats.finite:
-            cadence = cadence.saved(time.monotonic(), _save(run, state))
+        if (save_due or warned or state.best != best) and stats.finite:
+            cadence = cadence.saved(time.monotonic(), _save(run, state, at_once=warned))
             saved_step = state.step
     run.watchdog.rest()
     run.tracer.close()
@@ -121,9 +147,21 @@ def _over_the_workers(run: Training, state: TrainState) -> TrainState:
     return state.changed(decision.kind, decision.layout)
 
 
-def _due(run: Training, cadence: Cadence, step: int) -> bool:
-    """Rank 0 decides: by time only once the last checkpoint has reached its store, so that nobody waits for it."""
-    return cadence.due(step, time.monotonic(), uploading=run.checkpoints.uploading)
+def _asks(run: Training, cadence: Cadence, step: int) -> tuple[bool, bool, bool]:
+    """What rank 0 asks of all: to stop, to save, and to look whether nodes are about to be taken away.
+
+    By time a save is due only once the last one has reached its store, so that nobody waits for it.
+    """
+    save_due = cadence.due(step, time.monotonic(), uploading=run.checkpoints.uploading)
+    return run.stop_requested(), save_due, run.notice.due()
+
+
+def _warned(run: Training) -> bool:
+    """Whether there is notice that nodes will be taken away; every rank asks, since asking is a barrier."""
+    if (told := run.notice.ask()) is None:
+        return False
+    run.recorder.event("preemption", told)
+    return True
 
 
 def _act(
@@ -163,12 +201,14 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
     return state
 
 
-def _save(run: Training, state: TrainState) -> float:
-    """Save; returns for how many seconds the run was held up."""
+def _save(run: Training, state: TrainState, *, at_once: bool = False) -> float:
+    """Save, and ``at_once`` to the very end; returns for how many seconds the run was held up."""
     run.watchdog.rest()
     started = time.perf_counter()
     with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
         saved = run.checkpoints.save(run.engine, state)
+        if at_once:
+            run.checkpoints.finish()
     blocked_s = time.perf_counter() - started
     run.recorder.checkpoint(saved, blocked_s)
     return blocked_s

@@ -27,6 +27,9 @@ class MemoryGauge:
     peaks: dict[int, int] = field(default_factory=dict)
     """Most bytes in use while a micro batch of this size ran; a process never forgets its peak."""
 
+    limit: int | None = None
+    """The largest micro batch that may run, after a larger one ran out of memory."""
+
     def note(self, micro_batch: int) -> None:
         """File the peak since the last call under ``micro_batch``."""
         if self.device.type == "cuda":
@@ -47,7 +50,10 @@ class MemoryGauge:
 
     def largest_micro_batch(self) -> int | None:
         """The largest micro batch that fits as far as can be told; None before anything has run."""
-        return largest_micro_batch(self.peaks, int(USABLE * self.capacity)) if self.peaks else None
+        if not self.peaks:
+            return self.limit
+        found = largest_micro_batch(self.peaks, int(USABLE * self.capacity))
+        return found if self.limit is None else min(found, self.limit)
 
 
 def largest_micro_batch(peaks: dict[int, int], capacity: int) -> int:

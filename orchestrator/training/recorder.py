@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ class Recorder:
     """Appends to the run folder's records, and tells ``publisher`` what becomes a metric.
 
     Ranks other than 0 write nothing and publish only what is about themselves. ``cause`` is what ended the attempt
-    before this one.
+    before this one; ``nodes`` is the node of each rank, where that is known.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Recorder:
         attempt: int,
         cause: str = "",
         facts: RunFacts | None = None,
+        nodes: Sequence[str] = (),
         publisher: Publisher | None = None,
     ) -> None:
         self._folder = folder
@@ -50,6 +51,7 @@ class Recorder:
         self._writes = rank == 0
         self._attempt = attempt
         self._cause = cause
+        self._nodes = list(nodes)
         self._publisher = publisher
         self._observer = RunObserver(facts or RunFacts(plan.reference_batch))
         self._metrics = JsonLines(folder.metrics)
@@ -77,8 +79,14 @@ class Recorder:
         truncate_after(self._folder.metrics, state.step)
         truncate_after(self._folder.evaluations, state.step)
         truncate_after(self._folder.decisions, state.step)
-        record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
+        record: dict[str, object] = {
+            "event": "started",
+            "step": state.step,
+            "workers": state.layout.workers,
+            "reason": "",
+        }
         record["startup_s"] = sum((parts or {}).values())
+        record["nodes"] = self._nodes
         if self._attempt > 1:
             repeated_s = sum(useful_s(record) for record in lost if not record["skipped"])
             record |= {"cause": self._cause, "repeated_samples": repeated, "repeated_s": repeated_s}
