@@ -32,7 +32,9 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
     on_gpu = plan.device == "cuda"
     resources = {"CPU": config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
-    workers: Any = config.scale.workers  # a range is elastic; ScalingConfig's annotation lags behind
+    # A range is elastic; the annotations of Ray's configs lag behind what they take.
+    workers: Any = config.scale.workers
+    budgets: Any = {"max_failures": -1, "max_preemption_failures": config.failures.max_preemptions}
     return TorchTrainer(
         work,
         train_loop_config={"order": order},
@@ -41,17 +43,22 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
             num_workers=workers,
             use_gpu=on_gpu,
             resources_per_worker=resources,
-            label_selector={"ray.io/node-id": f"!in({','.join(order.avoid)})"} if order.avoid else None,
+            **_elsewhere(order),
         ),
         run_config=RayRunConfig(
             # Ray keeps its own records here. It is given no checkpoints, so nothing in them decides what exists.
             name="ray",
             **_rays_own(order),
             # How often is decided by ``recovery.answer``; Ray only does as it is told.
-            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=config.failures.max_preemptions),
+            failure_config=FailureConfig(**budgets),
             callbacks=[Recovery(order, plan, config)],  # type: ignore[list-item]
         ),
     )
+
+
+def _elsewhere(order: Order) -> dict[str, Any]:
+    """Where not to place workers."""
+    return {"label_selector": {"ray.io/node-id": f"!in({','.join(order.avoid)})"}} if order.avoid else {}
 
 
 def _rays_own(order: Order) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class S3Store:
         while True:
             page = self._ask(prefix, lambda: self._client.list_objects_v2(**request))
             for item in page.get("Contents", ()):
+                if item["Key"].endswith("/"):
+                    continue  # a marker, by which some clients make folders where there are none
                 yield Entry(item["Key"].removeprefix(root), item["Size"], version=item.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return

@@ -242,14 +242,11 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     for path in sorted(checkpoint.rglob("*.pt")):
         if (name := path.relative_to(checkpoint).as_posix()) not in files:
             raise CheckpointError(f"checkpoint {checkpoint}: {name} is not in its manifest: move it elsewhere")
-    for name, (size, digest) in sorted(files.items())[part::parts]:
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
-        if path.suffix == ".pt":
-            _refuse_code(path)
+    mine = sorted(files.items())[part::parts]
+    _refuse_other_bytes(checkpoint, mine)
+    for name, _ in mine:
+        if name.endswith(".pt"):
+            _refuse_code(checkpoint / name)
     return manifest
 
 
@@ -312,6 +309,19 @@ def _gather(mine: dict[str, tuple[int, str]]) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _refuse_other_bytes(checkpoint: Path, files: Sequence[tuple[str, Any]]) -> None:
+    """What costs least is looked at first: a file that is missing, or of another size, and only then its bytes."""
+    for name, (size, _) in files:
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
+    for name, (_, digest) in files:
+        if _sha256(checkpoint / name) != digest:
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
 
 
 def _refuse_code(path: Path) -> None:

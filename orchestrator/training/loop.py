@@ -113,8 +113,8 @@ def train(run: Training) -> Outcome:
             rank_zero_says=(*_asks(run, cadence, state.step + 1), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
-        stop, save_due, look, *said = stats.rank_zero_says
-        warned = bool(look) and _warned(run)
+        asked_to_stop, save_due, look, *said = stats.rank_zero_says
+        stop, warned = bool(asked_to_stop), bool(look) and _warned(run)
         before, state = state, state.after(stats, run.plan, run.config)
         lap = run.engine.clock.lap()
         run.recorder.step(state, stats, lap, run.engine.loss_scale, batches.skipped_samples)

@@ -93,6 +93,15 @@ def test_an_unknown_profile(s3: Weed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(listed("s3://bucket/x")).endswith("correct AWS_PROFILE, or add the profile")
 
 
+def test_markers_of_folders_are_no_objects(s3: Weed) -> None:
+    store = open_store(place())
+    prefix = store.uri.removeprefix(f"s3://{BUCKET}/")
+    for key in (f"{prefix}/", f"{prefix}/logs/", f"{prefix}/logs/file"):
+        s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"")
+    assert [entry.key for entry in store.list()] == ["logs/file"]
+    assert list(store.list(deep=False)) == []
+
+
 # -- checksums ---------------------------------------------------------------------------------
 
 
