@@ -51,15 +51,14 @@ def load_trained(run: str) -> Trained:
     config, job = read_json(folder.config), read_json(folder.job)
     if config is None or job is None:
         raise RunFolderError(f"{folder.root}: config.json or job.json is missing: it was never started")
-    parsed: RunConfig = parse_config(config)
-    fetch_checkpoint(folder.root, parsed.storage)
+    fetch_checkpoint(folder.root)
     existing = list_checkpoints(folder.checkpoints)
     if not existing:
         raise CheckpointError(f"{folder.root}: has no checkpoint yet; let it train, then ask again")
     task = load(job["job"], job["args"]).task
     model = task.model()
     _fill(model, read_weights(existing[-1]), existing[-1])
-    return Trained(folder, parsed, task, model.eval(), existing[-1])
+    return Trained(folder, parse_config(config), task, model.eval(), existing[-1])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:

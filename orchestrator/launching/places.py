@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from orchestrator.config import RunConfig, StorageConfig
 from orchestrator.errors import FencedError, RunFolderError, StorageError, StorageLostError, explain_oserror
-from orchestrator.launching.failures import Failure, restart_cause
+from orchestrator.launching.failures import restart_cause
 from orchestrator.storage.claim import StoreFence
 from orchestrator.storage.fence import Fence, Guard
 from orchestrator.storage.folder import RunFolder, write_json
@@ -61,7 +61,7 @@ class Place(Protocol):
     def guard(self, token: str) -> Guard: ...
     def checkpoints(self, config: RunConfig, layout_key: dict[str, Any], recorder: Any) -> Any: ...
     def stop_requested(self) -> bool: ...
-    def tell(self, failure: Failure) -> None: ...
+    def tell(self, stacks: Path) -> None: ...
     def end(self, outcome: Mapping[str, Any] | None) -> None: ...
     def leave(self) -> None: ...
 
@@ -100,7 +100,7 @@ class SharedPlace:
         """Whether the driver asks to save and stop."""
         return self.folder.stop_request.exists()
 
-    def tell(self, failure: Failure) -> None:
+    def tell(self, stacks: Path) -> None:
         """Nothing: the driver sees what was written down."""
 
     def end(self, outcome: Mapping[str, Any] | None) -> None:
@@ -177,10 +177,11 @@ class StoredPlace:
         """Whether the driver asks to save and stop, as the store last said."""
         return self._stop
 
-    def tell(self, failure: Failure) -> None:  # noqa: ARG002 - it lies in the folder
-        """Bring last words to the store, for a process that ends without raising anything."""
+    def tell(self, stacks: Path) -> None:
+        """Bring last words and ``stacks`` to the store, for a process that ends without raising anything."""
         with contextlib.suppress(StorageError):
             self._quick.publish_failures(self.folder.failures)
+            self._quick.publish(self.folder.root, [stacks.relative_to(self.folder.root).as_posix()])
 
     def end(self, outcome: Mapping[str, Any] | None) -> None:
         """Every rank, after the last step: all records reach the store, and then rank 0's ``outcome``.

@@ -201,9 +201,11 @@ class _Worker:
         """
         from orchestrator.training.watchdog import stacks
 
-        failure = hanging(seen, stacks(), rank=self._rank, step=self.step + 1)
+        found = self._folder.logs / f"stacks-{self._rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        failure = hanging(f"{seen}; see logs/{found.name}", stacks(), rank=self._rank, step=self.step + 1)
+        found.write_text(failure.trace)
         write_failure(self._folder, failure)
-        self._place.tell(failure)
+        self._place.tell(found)
         time.sleep(HANG_GRACE_S)
         os._exit(1)
 

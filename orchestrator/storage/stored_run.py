@@ -201,14 +201,16 @@ def files_of(manifest: bytes) -> list[TreeFile]:
     return found
 
 
-def copy_of(uri: str, config: StorageConfig | None = None) -> Path:
+def copy_of(uri: str) -> Path:
     """Bring what is known of the run at ``uri`` to this machine, but its checkpoints; returns the folder of copies.
+
+    How the store is reached says the environment: the run itself may have been started elsewhere.
 
     Raises:
         ConfigError: there is no run there.
         StorageError: see ``Store``.
     """
-    run = StoredRun.reached(uri, config or StorageConfig(), write=False)
+    run = StoredRun.reached(uri, StorageConfig(), write=False)
     if run.store.stat("config.json") is None:
         raise ConfigError(f"no run at {uri}: give it as s3://BUCKET/PREFIX/NAME")
     folder = working_folder(run.uri) / "copy"
@@ -219,7 +221,7 @@ def copy_of(uri: str, config: StorageConfig | None = None) -> Path:
     return folder
 
 
-def fetch_checkpoint(folder: Path, config: StorageConfig) -> None:
+def fetch_checkpoint(folder: Path) -> None:
     """Bring the newest checkpoint of the run that ``folder`` is a copy of there, so that it can be read as in a folder.
 
     Whether it is whole is for the reader to verify. A folder that is no copy is left as it is.
@@ -229,7 +231,7 @@ def fetch_checkpoint(folder: Path, config: StorageConfig) -> None:
     """
     if not (folder / ORIGIN).is_file():
         return
-    run = StoredRun((folder / ORIGIN).read_text(), config)
+    run = StoredRun((folder / ORIGIN).read_text(), StorageConfig())
     if existing := run.checkpoints():
         run.download(existing[-1], folder / "checkpoints" / existing[-1])
 
