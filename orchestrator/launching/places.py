@@ -18,6 +18,8 @@ from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.storage.mirror import Mirror, Pushing, Replica
 from orchestrator.storage.stored_run import OUTCOME, STOP, StoredRun, own_folder, working_folder
 from orchestrator.storage.tree import upload_tree
+from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.observing import observe_storage
 from orchestrator.telemetry.records import read
 
 __all__ = ["RECORDS", "Attempt", "Place", "SharedPlace", "Stored", "StoredPlace"]
@@ -61,6 +63,7 @@ class Place(Protocol):
     def guard(self, token: str) -> Guard: ...
     def checkpoints(self, config: RunConfig, layout_key: dict[str, Any], recorder: Any) -> Any: ...
     def stop_requested(self) -> bool: ...
+    def observe(self, meter: Meter) -> None: ...
     def tell(self, stacks: Path) -> None: ...
     def end(self, outcome: Mapping[str, Any] | None) -> None: ...
     def leave(self) -> None: ...
@@ -100,6 +103,9 @@ class SharedPlace:
         """Whether the driver asks to save and stop."""
         return self.folder.stop_request.exists()
 
+    def observe(self, meter: Meter) -> None:
+        """Nothing: a disk answers or it does not."""
+
     def tell(self, stacks: Path) -> None:
         """Nothing: the driver sees what was written down."""
 
@@ -135,6 +141,7 @@ class StoredPlace:
         self._guard: StoreFence | None = None
         self._pushing: Pushing | None = None
         self._stop = False
+        self._retries = 0
 
     def begin(self) -> Attempt:
         """Rank 0: fence off earlier attempts, remove what a crash left, and bring the records here."""
@@ -176,6 +183,13 @@ class StoredPlace:
     def stop_requested(self) -> bool:
         """Whether the driver asks to save and stop, as the store last said."""
         return self._stop
+
+    def observe(self, meter: Meter) -> None:
+        """Rank 0: how many requests had to be made again since the last time; in the publisher's thread."""
+        if self._rank == 0:
+            retries = self._quick.store.retries
+            observe_storage(meter, "checkpoint", retries=retries - self._retries, errors=0)
+            self._retries = retries
 
     def tell(self, stacks: Path) -> None:
         """Bring last words and ``stacks`` to the store, for a process that ends without raising anything."""

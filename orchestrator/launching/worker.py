@@ -158,7 +158,12 @@ class _Worker:
             write_json(self._folder.plan, plan.to_dict())
         device = _device(plan)
         memory = MemoryGauge(device, _memory_share(device, plan), limit=self._order.micro_batch_limit)
-        self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
+
+        def sample(meter: Meter) -> None:
+            memory.observe(meter)
+            self._place.observe(meter)
+
+        self._publisher = self._publish(config, attempt.number, str(device), sample)
         self._recorder = Recorder(
             self._folder,
             guard,

@@ -28,6 +28,11 @@ class LocalStore:
         """The folder."""
         return str(self._root)
 
+    @property
+    def retries(self) -> int:
+        """None: a disk answers or it does not."""
+        return 0
+
     def read(self, key: str) -> bytes:
         """See ``Store``."""
         with self._errors(key):

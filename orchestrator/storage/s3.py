@@ -76,12 +76,26 @@ class S3Store:
         self._budget_s = config.retry_budget_s
         self._endpoint = endpoint_of(config)
         self._client = _client(config, self._endpoint)
+        self._sent = self._asked = self._repeated = 0
+        self._client.meta.events.register("before-call.s3", self._note_asked)
+        self._client.meta.events.register("before-send.s3", self._note_sent)
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
 
     @property
     def uri(self) -> str:
         """``s3://bucket/prefix``."""
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def retries(self) -> int:
+        """See ``Store``: requests that went out more than once, whether botocore or the budget had them repeated."""
+        return max(0, self._sent - self._asked) + self._repeated
+
+    def _note_asked(self, **_: Any) -> None:
+        self._asked += 1
+
+    def _note_sent(self, **_: Any) -> None:
+        self._sent += 1
 
     def read(self, key: str) -> bytes:
         """See ``Store``."""
@@ -218,6 +232,7 @@ class S3Store:
                 left_s = deadline - time.monotonic()
                 if not _is_worth_repeating(cause) or left_s <= 0:
                     raise self._explained(key, cause) from None
+            self._repeated += 1
             time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))
             pause_s = min(2 * pause_s, 5.0)
 

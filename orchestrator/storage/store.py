@@ -48,6 +48,11 @@ class Store(Protocol):
         """Where the root is, without a slash at its end."""
         ...
 
+    @property
+    def retries(self) -> int:
+        """How many requests had to be made again since this store was opened."""
+        ...
+
     def read(self, key: str) -> bytes:
         """Return the whole object."""
         ...

@@ -161,6 +161,7 @@ def faults(s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.mark.slow
 def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
     store, data = open_store(place()), {f"{n:03d}": secrets.token_bytes(1000) for n in range(60)}
+    assert store.retries == 0
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: store.write(key, data[key]), data))
         assert dict(zip(data, pool.map(store.read, data), strict=True)) == data
@@ -170,6 +171,7 @@ def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
     store.upload(tmp_path / "file", "large")
     store.download("large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == large
+    assert store.retries > 10, "about every fifth request was made again"
 
 
 @pytest.mark.slow
