@@ -67,11 +67,10 @@ class StoredRun:
         """
         soon = config.model_copy(update={"retry_budget_s": min(PATIENCE_S, config.retry_budget_s)})
         probe = cls(uri, soon).store
+        next(iter(probe.list(".control/")), None)  # some stores make a bucket that is not there, when it is written to
         if write:
             probe.write(".control/probe", b"")
             probe.delete(".control/probe")
-        else:
-            next(iter(probe.list(".control/")), None)  # a bucket that is not there has no objects, which is no answer
         return cls(uri, config)
 
     # -- checkpoints ---------------------------------------------------------------------------
