@@ -7,17 +7,19 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import DIGITS, TIMEOUT_S, Ended, environment, losses, records, workers_of
+from commands import DIGITS, TIMEOUT_S, Ended, losses, records, workers_of
 
 import s3_server
 from orchestrator.config import StorageConfig
+from orchestrator.launching.compressing import export
+from orchestrator.launching.replaying import replay_run
+from orchestrator.storage.folder import find_run
 from orchestrator.storage.stored_run import StoredRun
 from s3_server import BUCKET, Weed
 
@@ -62,7 +64,9 @@ def saving(cache: Path, step: int) -> Callable[[], bool]:
     )
 
 
-def test_faults_for_a_whole_run_change_nothing(undisturbed: Ended, server: Weed, run: Run, tmp_path: Path) -> None:
+def test_faults_for_a_whole_run_change_nothing(
+    undisturbed: Ended, server: Weed, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every fifth request is answered with 503, and of a hundred three are dropped."""
     if reason := s3_server.no_haproxy():
         pytest.skip(reason)
@@ -83,24 +87,14 @@ def test_faults_for_a_whole_run_change_nothing(undisturbed: Ended, server: Weed,
     assert (copy / "report.html").read_text().count("<svg") >= 5
     assert {entry.key.split("/")[0] for entry in stored.store.list("logs/")} == {"logs"}
     assert not (tmp_path / "runs").exists(), "nothing lies where the command was given"
-    told = subprocess_of("explain", f"{uri}/digits", folder=tmp_path)
-    assert told.returncode == 0, told.stderr
-    asked = subprocess_of("replay", f"{uri}/digits", "--policy", "fixed", "--json", folder=tmp_path)
-    assert json.loads(asked.stdout)["steps"] == 270, asked.stderr
-    made = subprocess_of("export", f"{uri}/digits", "--to", "torch", "--json", folder=tmp_path)
-    (entry,) = json.loads(made.stdout)
-    assert entry["metrics"]["accuracy"] == pytest.approx(summary["metrics"]["accuracy"])
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "elsewhere"))
+    assert replay_run(find_run(f"{uri}/digits"), "fixed", ())[0].steps == 270
+    (entry,) = export(f"{uri}/digits", ["torch"], tmp_path / "exported")
+    assert entry.metrics["accuracy"] == pytest.approx(summary["metrics"]["accuracy"])
     again = run(DIGITS, *options)
     assert again.code == 0
     assert "finished already" in again.err
     assert again.summary == summary
-
-
-def subprocess_of(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator", *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
 
 
 def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
