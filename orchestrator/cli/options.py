@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="What to run, as module:function.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, its name below runs, or s3://BUCKET/PREFIX/NAME.")
+]
 Args = Annotated[
     list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="A parameter of the job's function.")
 ]

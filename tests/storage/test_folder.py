@@ -33,7 +33,9 @@ def test_what_lies_where() -> None:
         "metrics": "metrics.jsonl",
         "evaluations": "evaluations.jsonl",
         "decisions": "decisions.jsonl",
+        "events": "events.jsonl",
         "attempts": "attempts.jsonl",
+        "failure_log": "failures.jsonl",
         "checkpoints": "checkpoints",
         "summary": "summary.json",
         "report": "report.html",
@@ -42,6 +44,7 @@ def test_what_lies_where() -> None:
         "probe": "probe.json",
         "failures": ".control/failures",
         "outcome": ".control/outcome.json",
+        "change": ".control/change.json",
         "stop_request": ".control/stop",
     }
 
