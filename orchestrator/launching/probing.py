@@ -61,13 +61,13 @@ def probe(order: Order, plan: Plan, note: Callable[[str], None]) -> Probe:
     ran: tuple[Trial, ...] = ()
     failed: tuple[Trial, ...] = ()
     while True:
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
         fit = Fit(make_probe_trainer(ProbeOrder(order, plan, sizes, (*ran, *failed), board)))
         before = ran
         while fit.running:
             ran = _tell((*before, *ray.get(board.seen.remote()).trials), ran, note)
             time.sleep(POLL_S)
-        seen = ray.get(board.seen.remote())
+        seen: Seen = ray.get(board.seen.remote())
         ran = _tell((*before, *seen.trials), ran, note)
         if fit.error is None:
             break
