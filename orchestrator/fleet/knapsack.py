@@ -10,9 +10,9 @@ HiGHS (``scipy.optimize.milp``), made small first:
 3. An option that costs its owner more than the gap between the two, at those prices, is in no better solution (reduced
    cost fixing). What is left is usually a few hundred variables, and most owners have no choice left.
 
-Problems up to ``EXACT_ROWS`` options are solved exactly. Of larger ones that are not within ``GAP`` of the bound by then
-the ``EXACT_ROWS`` options that cost least are left open. HiGHS is given no limit of time, so that the same input has the
-same answer on a slow machine.
+Problems up to ``EXACT_ROWS`` options are solved exactly. Of larger ones that are not within ``GAP`` of the bound by
+then the ``EXACT_ROWS`` options that cost least are left open. HiGHS is given no limit of time, so that the same input
+has the same answer on a slow machine.
 """
 
 from __future__ import annotations

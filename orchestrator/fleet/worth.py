@@ -37,7 +37,6 @@ Index = NDArray[np.intp]
 SCALING = 0.7
 """Assumption: twice the devices typically bring 2 ** 0.7 = 1.6."""
 NEWCOMER_S = 300.0
-BEHIND, PATIENCE_S, MOST_BEHIND = 1.0, 900.0, 3.0
 HORIZON_S = (1800.0, 1800.0)
 """Assumption: for how long an allocation typically stays as it is."""
 DEADLINE_BONUS = 4.0
@@ -76,7 +75,8 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     highest[highest == 0.0] = 1.0  # no option at all
     left_s = work[rated.owner] / speed
     known = np.array([job.remaining_progress is not None for job in jobs], bool)
-    weight = _weights(fleet, rated, work, speed, highest) / _utility(highest, known)
+    usual = _usual_speed(fleet, rated, speed, highest)
+    weight = _weights(fleet, rated, work, speed, highest) / _utility(usual, known)
     stays = staying(fleet, rated)
     cost = np.array([max(job.restart_cost_s, 0.0) for job in jobs])
     running = np.array([here is not None for here in fleet.current], bool)
@@ -128,6 +128,18 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
     return np.maximum(found, 1.0)
 
 
+def _usual_speed(fleet: Fleet, rated: Options, speed: Array, highest: Array) -> Array:
+    """Of each job on an equal share of the cluster: the fastest of the sizes that are no larger than that."""
+    share = fleet.devices / max(len(fleet.jobs), 1)
+    first = (
+        rated.devices[np.minimum(rated.starts[:-1], max(len(speed) - 1, 0))] if len(speed) else np.ones(len(highest))
+    )
+    within = rated.devices <= np.maximum(share, first)[rated.owner]
+    found = np.zeros(len(highest))
+    np.maximum.at(found, rated.owner[within], speed[within])
+    return np.where(found > 0.0, found, highest)
+
+
 def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: Array) -> Array:
     """Item 2, times the priority; of equals the one submitted first is the heavier."""
     most = np.zeros(len(fleet.jobs))
@@ -138,17 +150,8 @@ def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: A
     place[order] = np.maximum(np.cumsum(most[order]) / max(fleet.devices, 1), 1.0)
     power = 1.0 / (1.0 - SCALING)
     weight = (place**power - (place - 1.0) ** power) ** (1.0 / power)
-    weight = weight * _behind(fleet, most)
     priority = np.clip([job.priority for job in fleet.jobs], -STEEPEST, STEEPEST)
     return np.asarray(weight * 2.0**priority)
-
-
-def _behind(fleet: Fleet, most: Array) -> Array:
-    """Item 3: how far a run is behind an equal share of the cluster over its age."""
-    share = np.minimum(fleet.devices / max(len(fleet.jobs), 1), most)
-    age_s = np.array([job.age_s for job in fleet.jobs])
-    attained = np.array([job.attained_device_s for job in fleet.jobs])
-    return np.clip(BEHIND * share * age_s / (attained + share * PATIENCE_S + 1e-9), 1.0, MOST_BEHIND)
 
 
 def staying(fleet: Fleet, rated: Options) -> Index:
