@@ -3,7 +3,7 @@
 1. **Speed.** A run's speed on an option is its goodput there over its goodput on one device (the mean of the types, by
    their devices). Its remaining work in device-seconds is what remains of its progress over that one device's goodput.
    Where the remaining work is not known, a run is expected to need as much again as it has had (Lindy's law: what
-   Pareto distributed lengths imply), and ``NEWCOMER_S`` more.
+   Pareto distributed lengths imply), and ``NEWCOMER_S`` more, in coarse classes.
 2. **Weight.** For runs of known lengths whose speed is ``devices ** p`` without a limit the mean completion time is
    least when the sum of ``w_i x speed_i`` is greatest at every moment, with ``w_i = (i^q - (i - 1)^q)^(1/q)``,
    ``q = 1 / (1 - p)``, i the place from the longest remaining run (1) to the shortest (heSRPT: Berg, Vesilo &
@@ -11,8 +11,8 @@
    first where speed is linear, and shares where it is not. Here speeds are each run's own and end somewhere, so that a
    few runs do not wait for each other at all: i is the devices that this run and all longer ones could use, over the
    devices there are, and at least 1. p is ``SCALING``. Assumed, not proved.
-3. **Value.** Weight x speed over the run's highest speed where the remaining work is known: what share of its time a
-   moment saves it. The same of log2(1 + speed) where it is not known. Waiting is worth 0.
+3. **Value.** Weight x log2(1 + speed), over the same at the speed of an equal share: about what share of its time a
+   moment saves the run. Waiting is worth 0. The logarithm holds runs back from sizes that use devices badly.
 4. **A move must earn its cost.** A running run that changes stands still for its restart: its speed counts ``T / (T +
    cost)``, T the time for which the change will matter: what it still needs, at most ``HORIZON_S``. Stopping it costs
    as much of what it has.
@@ -34,11 +34,12 @@ __all__ = ["Worth", "staying", "worth"]
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-SCALING = 0.7
-"""Assumption: twice the devices typically bring 2 ** 0.7 = 1.6."""
+SCALING = 0.8
+"""Assumption: twice the devices typically bring 2 ** 0.8 = 1.7."""
 NEWCOMER_S = 300.0
-BEHIND, PATIENCE_S, MOST_BEHIND = 1.0, 900.0, 3.0
-HORIZON_S = (1800.0, 1800.0)
+CLASS = 4.0
+"""Expected work is rounded to powers of this: with each second counted, runs would overtake each other all the time."""
+HORIZON_S = 1800.0
 """Assumption: for how long an allocation typically stays as it is."""
 DEADLINE_BONUS = 4.0
 """In units of the heaviest weight, times the run's priority."""
@@ -75,29 +76,28 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     np.maximum.at(highest, rated.owner, speed)
     highest[highest == 0.0] = 1.0  # no option at all
     left_s = work[rated.owner] / speed
-    known = np.array([job.remaining_progress is not None for job in jobs], bool)
-    weight = _weights(fleet, rated, work, speed, highest) / _utility(highest, known)
+    usual = _usual_speed(fleet, rated, speed, highest)
+    weight = _weights(fleet, rated, work, speed, highest) / _utility(usual)
     stays = staying(fleet, rated)
     cost = np.array([max(job.restart_cost_s, 0.0) for job in jobs])
     running = np.array([here is not None for here in fleet.current], bool)
-    horizon = np.clip([job.age_s / (1.0 + job.restarts) for job in jobs], *HORIZON_S)
-    matters_s = np.minimum(left_s, horizon[rated.owner])
+    matters_s = np.minimum(left_s, HORIZON_S)
     moves = running[rated.owner] & (stays[rated.owner] != np.arange(len(speed)))
     kept = np.where(moves, matters_s / (matters_s + cost[rated.owner] + 1e-9), 1.0)
-    value = weight[rated.owner] * _utility(speed * kept, known[rated.owner])
+    value = weight[rated.owner] * _utility(speed * kept)
     idle, moving = np.zeros(len(jobs)), np.zeros(len(jobs))
     here = stays >= 0
     row = stays[here]
     lost = cost[here] / (matters_s[row] + cost[here] + 1e-9)
-    moving[here] = value[row] - weight[here] * _utility(speed[row] * (1.0 - lost), known[here])
+    moving[here] = value[row] - weight[here] * _utility(speed[row] * (1.0 - lost))
     idle[here] = -moving[here]
     bonus, idle_bonus = _deadlines(fleet, rated, left_s + np.where(moves, cost[rated.owner], 0.0), now_s)
-    heaviest = DEADLINE_BONUS * float((weight * _utility(highest, known)).max(initial=1.0))
+    heaviest = DEADLINE_BONUS * float((weight * _utility(usual)).max(initial=1.0))
     return Worth(value + heaviest * bonus, idle + heaviest * idle_bonus, stays, moving, speed, left_s)
 
 
-def _utility(speed: Array, known: NDArray[np.bool_]) -> Array:
-    return np.where(known, speed, np.log2(1.0 + speed))
+def _utility(speed: Array) -> Array:
+    return np.log2(1.0 + speed)
 
 
 def _one_device(fleet: Fleet, rated: Options) -> Array:
@@ -118,7 +118,7 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
         timed = bool(rated.timed[index]) and rated.starts[index] < rated.starts[index + 1]
         done = job.progress / base[index] if timed else job.attained_device_s
         if job.remaining_progress is None:
-            found[index] = done + NEWCOMER_S
+            found[index] = CLASS ** np.round(np.log(done + NEWCOMER_S) / np.log(CLASS))
         elif timed:
             found[index] = job.remaining_progress / base[index]
         elif job.progress > 0.0 and job.attained_device_s > 0.0:
@@ -126,6 +126,18 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
         else:
             found[index] = NEWCOMER_S
     return np.maximum(found, 1.0)
+
+
+def _usual_speed(fleet: Fleet, rated: Options, speed: Array, highest: Array) -> Array:
+    """Of each job on an equal share of the cluster: the fastest of the sizes that are no larger than that."""
+    share = fleet.devices / max(len(fleet.jobs), 1)
+    first = (
+        rated.devices[np.minimum(rated.starts[:-1], max(len(speed) - 1, 0))] if len(speed) else np.ones(len(highest))
+    )
+    within = rated.devices <= np.maximum(share, first)[rated.owner]
+    found = np.zeros(len(highest))
+    np.maximum.at(found, rated.owner[within], speed[within])
+    return np.where(found > 0.0, found, highest)
 
 
 def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: Array) -> Array:
@@ -138,17 +150,8 @@ def _weights(fleet: Fleet, rated: Options, work: Array, speed: Array, highest: A
     place[order] = np.maximum(np.cumsum(most[order]) / max(fleet.devices, 1), 1.0)
     power = 1.0 / (1.0 - SCALING)
     weight = (place**power - (place - 1.0) ** power) ** (1.0 / power)
-    weight = weight * _behind(fleet, most)
     priority = np.clip([job.priority for job in fleet.jobs], -STEEPEST, STEEPEST)
     return np.asarray(weight * 2.0**priority)
-
-
-def _behind(fleet: Fleet, most: Array) -> Array:
-    """Item 3: how far a run is behind an equal share of the cluster over its age."""
-    share = np.minimum(fleet.devices / max(len(fleet.jobs), 1), most)
-    age_s = np.array([job.age_s for job in fleet.jobs])
-    attained = np.array([job.attained_device_s for job in fleet.jobs])
-    return np.clip(BEHIND * share * age_s / (attained + share * PATIENCE_S + 1e-9), 1.0, MOST_BEHIND)
 
 
 def staying(fleet: Fleet, rated: Options) -> Index:

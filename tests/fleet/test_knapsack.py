@@ -121,4 +121,4 @@ def test_a_large_cluster_leaves_the_integer_program_little(monkeypatch: pytest.M
     assert sum(one.devices for one in answer.values() if one) > 0.99 * 3200
     assert counted["passes"] == 1
     assert counted["rated"] < 400 * 4 * 200
-    assert counted["open"] < 4000
+    assert counted["open"] <= knapsack.EXACT_ROWS + 400

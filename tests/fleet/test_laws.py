@@ -86,7 +86,7 @@ def test_nobody_borrows_while_its_owner_could_use_it(name: str, given: Given) ->
             assert all(used[queue] <= sure[queue] for queue in sure)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(cluster=clusters(), count=st.integers(1, 10), known=st.booleans())
 def test_every_run_runs_within_the_bound(cluster: dict[str, tuple[str, int]], count: int, known: bool) -> None:
     """Rounds of a minute with runs that never end: each has its first turn, and its share after that."""
