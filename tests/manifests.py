@@ -13,7 +13,7 @@ from typing import Any
 
 import kubernetes_validate
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator
 
 from kube import loader
 
@@ -43,7 +43,7 @@ class Schemas:
             return _builtin_errors(manifest)
         validator, schema = known
         found = [
-            f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+            f"{'.'.join(map(str, error.instance_path))}: {error.message[:200]}"
             for error in validator.iter_errors(manifest)
         ]
         return [*found, *duplicates(schema, manifest, "")]
