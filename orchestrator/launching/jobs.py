@@ -50,6 +50,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S = 5.0
 AGENT_PATIENCE_S = 60.0
 NO_AGENT = "No available agent"  # in Ray's answer to a submission
+NODES = 10_000  # the most that Ray lists, dead ones too
 POLL_S = 0.5
 RECONNECT_S = 2.0  # each new connection leaves one behind in the head, until the run ends
 PATIENCE_S = 60.0  # a head that is restarted is back within this
@@ -331,6 +332,7 @@ class JobServer:
         """Ray's and requests' errors as ours."""
         import requests
         from ray.exceptions import AuthenticationError
+        from ray.util.state.exception import RayStateApiException
 
         try:
             yield
@@ -338,16 +340,16 @@ class JobServer:
             raise ClusterError(_token_message(self.address, str(error))) from None
         except (requests.exceptions.RequestException, ConnectionError) as error:
             raise ClusterError(f"the Ray job server at {self.address} does not answer: {_first_line(error)}") from None
-        except RuntimeError as error:
+        except (RuntimeError, RayStateApiException) as error:
             raise ClusterError(f"the Ray job server at {self.address} refuses: {_first_line(error)}") from None
 
     def shape(self) -> ClusterShape:
         """What the cluster's living nodes offer together."""
         from ray.util.state import list_nodes
 
-        with self._explained():
-            alive = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
-        nodes = [node.resources_total for node in alive]
+        with self._explained():  # asked for living nodes alone, Ray takes the dead ones for missing
+            known = list_nodes(address=self.address, limit=NODES, raise_on_missing_output=False)
+        nodes = [node.resources_total for node in known if node.state == "ALIVE"]
         kinds = {key.removeprefix("accelerator_type:") for node in nodes for key in node if "accelerator_type:" in key}
         return ClusterShape(
             nodes=len(nodes),
