@@ -180,7 +180,9 @@ def make_submission(request: RunRequest, config: RunConfig, extras: Extras) -> S
     requirements = extras.requirements()
     return Submission(
         run=config.name,
-        command=command,
+        # Ray runs it in a shell and signals both. A shell that dies first leaves the driver to process 1, which in a
+        # container may be Ray itself and buries nobody: Ray would then wait for the dead until the grace is over.
+        command=f"exec {command}",
         request=hashlib.sha256(command.encode()).hexdigest()[:16],
         runtime_env={"env_vars": variables, **({"pip": requirements} if requirements else {})},
         cpus=extras.cpus,
