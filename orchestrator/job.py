@@ -155,7 +155,7 @@ class Job:
     task: Task
     """Data, model, loss and metrics."""
     prepare: Callable[[], None] | None = None
-    """Run once by the driver before anything else, such as writing the data; must be idempotent."""
+    """Run by the driver before anything else, then once on each host, such as writing the data; must be idempotent."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, RunConfig):

@@ -7,13 +7,15 @@ would otherwise do nothing and say nothing.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator, Registry, ValidationError
 
 from kube import loader
 
@@ -42,11 +44,7 @@ class Schemas:
         if known is None:
             return _builtin_errors(manifest)
         validator, schema = known
-        found = [
-            f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
-            for error in validator.iter_errors(manifest)
-        ]
-        return [*found, *duplicates(schema, manifest, "")]
+        return [*map(_line, validator.iter_errors(manifest)), *duplicates(schema, manifest, "")]
 
 
 def closed(schema: Schema, *, is_object: bool = False) -> Schema:
@@ -95,11 +93,34 @@ def _keyed(items: Schema, item: Mapping[str, Any], key: str) -> object:
 
 
 def _builtin_errors(manifest: Mapping[str, Any]) -> list[str]:
-    try:
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        return [f"{'.'.join(map(str, error.path))}: {error.message[:200]}"]
-    return []
+    validator = _builtin_validator(manifest["apiVersion"], manifest["kind"])
+    return [_line(error) for error in validator.iter_errors(manifest)]
+
+
+@functools.cache
+def _builtin_validator(api_version: str, kind: str) -> Draft202012Validator:
+    """The package's own ``validate`` reads all definitions of Kubernetes for each object; this reads them once."""
+    group, _, version = api_version.rpartition("/")
+    name = "-".join(part for part in (kind.lower(), group.partition(".")[0], version) if part)
+    schema = json.loads((_builtin_schemas() / f"{name}.json").read_text())
+    return Draft202012Validator(schema, registry=_definitions())
+
+
+@functools.cache
+def _definitions() -> Registry:
+    definitions = json.loads((_builtin_schemas() / "_definitions.json").read_text())
+    return Registry([(definitions["$id"], definitions)])
+
+
+@functools.cache
+def _builtin_schemas() -> Path:
+    folder = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+    (found,) = folder.glob(f"v{KUBERNETES}.*-local-strict")
+    return found
+
+
+def _line(error: ValidationError) -> str:
+    return f"{'.'.join(map(str, error.instance_path))}: {error.message[:200]}"
 
 
 def pods(manifest: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

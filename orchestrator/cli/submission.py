@@ -222,7 +222,7 @@ def _print_attempts(attempts: Sequence[Attempt]) -> None:
         table.add_column(heading, overflow="fold")
     for attempt in attempts:
         took = (attempt.ended_s or time.time()) - attempt.started_s if attempt.started_s else None
-        command = attempt.command.removeprefix("python -m orchestrator ")
+        command = attempt.command.removeprefix("exec ").removeprefix("python -m orchestrator ")
         table.add_row(
             attempt.submission_id, escape(attempt.run), attempt.status.lower(), duration(took), escape(command)
         )

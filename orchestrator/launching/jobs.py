@@ -50,6 +50,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S = 5.0
 AGENT_PATIENCE_S = 60.0
 NO_AGENT = "No available agent"  # in Ray's answer to a submission
+NODES = 10_000  # the most that Ray lists, dead ones too
 POLL_S = 0.5
 RECONNECT_S = 2.0  # each new connection leaves one behind in the head, until the run ends
 PATIENCE_S = 60.0  # a head that is restarted is back within this
@@ -179,7 +180,9 @@ def make_submission(request: RunRequest, config: RunConfig, extras: Extras) -> S
     requirements = extras.requirements()
     return Submission(
         run=config.name,
-        command=command,
+        # Ray runs it in a shell and signals both. A shell that dies first leaves the driver to process 1, which in a
+        # container may be Ray itself and buries nobody: Ray would then wait for the dead until the grace is over.
+        command=f"exec {command}",
         request=hashlib.sha256(command.encode()).hexdigest()[:16],
         runtime_env={"env_vars": variables, **({"pip": requirements} if requirements else {})},
         cpus=extras.cpus,
@@ -331,6 +334,7 @@ class JobServer:
         """Ray's and requests' errors as ours."""
         import requests
         from ray.exceptions import AuthenticationError
+        from ray.util.state.exception import RayStateApiException
 
         try:
             yield
@@ -338,16 +342,16 @@ class JobServer:
             raise ClusterError(_token_message(self.address, str(error))) from None
         except (requests.exceptions.RequestException, ConnectionError) as error:
             raise ClusterError(f"the Ray job server at {self.address} does not answer: {_first_line(error)}") from None
-        except RuntimeError as error:
+        except (RuntimeError, RayStateApiException) as error:
             raise ClusterError(f"the Ray job server at {self.address} refuses: {_first_line(error)}") from None
 
     def shape(self) -> ClusterShape:
         """What the cluster's living nodes offer together."""
         from ray.util.state import list_nodes
 
-        with self._explained():
-            alive = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
-        nodes = [node.resources_total for node in alive]
+        with self._explained():  # asked for living nodes alone, Ray takes the dead ones for missing
+            known = list_nodes(address=self.address, limit=NODES, raise_on_missing_output=False)
+        nodes = [node.resources_total for node in known if node.state == "ALIVE"]
         kinds = {key.removeprefix("accelerator_type:") for node in nodes for key in node if "accelerator_type:" in key}
         return ClusterShape(
             nodes=len(nodes),

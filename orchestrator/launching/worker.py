@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.job import Job
 from orchestrator.launching.drains import DrainNotice
 from orchestrator.launching.failures import WorkerFailedError, describe, hanging, write_failure
@@ -147,6 +147,7 @@ class _Worker:
 
         guard = self._place.guard(attempt.token)
         task = self._order.job.task
+        _prepare_on_this_host(self._order.job)
         datasets = task.datasets()
         train_set = open_dataset(datasets.train, self._order.job.config)
         evaluation_set = (
@@ -244,6 +245,25 @@ def _sample(memory: Callable[[Meter], None], meter: Meter) -> None:
     memory(meter)
     for operation, trouble in REQUESTS.troubles().items():
         observe_requests(meter, operation, retries=trouble.retries, errors=trouble.errors)
+
+
+def _prepare_on_this_host(job: Job) -> None:
+    """The job's prepare step, by one worker of each host, before any opens the data: the driver's host may be another.
+
+    Raises:
+        DataError: the data cannot be written.
+    """
+    import ray.train
+    import torch.distributed as dist
+
+    if job.prepare is None:
+        return
+    if ray.train.get_context().get_local_rank() == 0:
+        try:
+            job.prepare()
+        except OSError as error:
+            raise DataError(f"the job's prepare step failed on {socket.gethostname()}: {error}") from error
+    dist.barrier()
 
 
 def _facts(config: RunConfig, plan: Plan) -> RunFacts:

@@ -58,12 +58,14 @@ def names(api: Tools) -> str:
     return api("kubectl", "--namespace", "train", "get", "rayjobs", "-o", "name").out
 
 
-def as_submitter(api: Tools, folder: Path) -> Path:
-    """The administrator's kubeconfig, but acting as the chart's submitter."""
+def as_account(api: Tools, folder: Path, account: str) -> Path:
+    """A kubeconfig with a token that the API server has made for a service account."""
     assert api.kubeconfig is not None
+    made = api("kubectl", "--namespace", "train", "create", "token", account)
+    assert made.code == 0, made.err
     config = json.loads(api.kubeconfig.read_text())
-    config["users"][0]["user"]["as"] = "system:serviceaccount:train:team-orchestrator-submitter"
-    path = folder / "kubeconfig"
+    config["users"][0]["user"] = {"token": made.out.strip()}
+    path = folder / account
     path.write_text(json.dumps(config))
     return path
 
@@ -98,7 +100,7 @@ def test_dry_run_asks_the_server_and_stores_nothing(installed: Tools, orchestrat
 
 
 def test_the_submitters_role_is_enough(installed: Tools, orchestrator: Callable[..., Ended], tmp_path: Path) -> None:
-    config = as_submitter(installed, tmp_path)
+    config = as_account(installed, tmp_path, "team-orchestrator-submitter")
     done = orchestrator(*JOB, "--set", "name=mine_1.0", kubeconfig=config)
     assert done.code == 0, done.err
     assert rayjob(installed, "mine-1-0")["spec"]["entrypoint"].endswith("--set name=mine_1.0")
@@ -127,15 +129,19 @@ def test_what_is_wrong_is_one_message(
 def test_without_rights_and_without_a_server(
     installed: Tools, orchestrator: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    config = json.loads(as_submitter(installed, tmp_path).read_text())
-    config["users"][0]["user"]["as"] = "nobody"
-    (tmp_path / "nobody").write_text(json.dumps(config))
-    refused = orchestrator(*JOB, kubeconfig=tmp_path / "nobody")
+    nobody = as_account(installed, tmp_path, "team-orchestrator")
+    refused = orchestrator(*JOB, kubeconfig=nobody)
     assert refused.code == 2
     assert "ask for the chart's role (rbac.subjects)" in refused.err
+    config = json.loads(nobody.read_text())
+    config["users"][0]["user"]["token"] = "not-a-token"
+    nobody.write_text(json.dumps(config))
+    unknown = orchestrator(*JOB, kubeconfig=nobody)
+    assert unknown.code == 2
+    assert "log in again" in unknown.err
     config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
-    (tmp_path / "dead").write_text(json.dumps(config))
-    dead = orchestrator(*JOB, kubeconfig=tmp_path / "dead")
+    nobody.write_text(json.dumps(config))
+    dead = orchestrator(*JOB, kubeconfig=nobody)
     assert dead.code == 2
     assert "the API server does not answer" in dead.err
     assert len(dead.err.strip().splitlines()) == 1, dead.err

@@ -56,6 +56,10 @@ def test_the_command_survives_a_shell() -> None:
     assert words[5:] == ["--arg", awkward.args[0], "--set", "checkpoint.uri=s3://a/b", "--set", "seed=2", "--fresh"]
 
 
+def test_no_shell_stands_between_ray_and_the_driver() -> None:
+    assert submission().command == "exec " + command_of(REQUEST)
+
+
 def test_a_stopped_run_gets_the_time_it_needs_to_save() -> None:
     config = load(REQUEST.job, (), ("failures.stop_grace_s=100",)).config
     environment = make_submission(REQUEST, config, Extras(env=("A=b=c",))).runtime_env["env_vars"]
