@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from jobs.image_models import NETWORKS
 from jobs.parquet import are_written, write_whole
 from jobs.vision import digits
-from orchestrator.config import SGD, Cosine, EvaluationConfig, Fixed, Penalties, Recipe, Stop
+from orchestrator.config import SGD, Cosine, EvaluationConfig, Fixed, LayoutConfig, Penalties, Recipe, Stop
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
 
@@ -45,7 +45,7 @@ def classify(
     epochs: float = 6.0,
     batch: int = 64,
     mixup: float = 0.2,
-    channels_last: bool = True,
+    channels_last: bool | None = None,
 ) -> Job:
     """Return the job: the plain CNN, 288 thousand parameters, recognises 98 % and more of the held-out digits.
 
@@ -62,7 +62,7 @@ def classify(
         epochs: Passes over the training images; 200 are usual for CIFAR, 90 for ImageNet.
         batch: Reference batch; the learning rate is 0.1 per 128.
         mixup: Parameter of the Beta distribution that images are mixed by (arXiv:1710.09412); 0 mixes none.
-        channels_last: Keep the channels of a pixel together in memory, which convolutions on most devices prefer.
+        channels_last: Keep the channels of a pixel together in memory, or do not; without it the plan chooses.
 
     Raises:
         ConfigError: a size is impossible.
@@ -83,11 +83,12 @@ def classify(
             "name": f"images-{network}",
             "recipe": recipe,
             "policy": Fixed(),
+            "layout": LayoutConfig(zero_stage=1, channels_last="auto" if channels_last is None else channels_last),
             "evaluation": EvaluationConfig(every_epochs=max(epochs / 6, 0.5)),
         }
     )
     origin = str(Path(source).absolute()) if source else ""
-    task = ImageTask(folder, network, mixup=mixup, channels_last=channels_last)
+    task = ImageTask(folder, network, mixup=mixup)
     return Job(config, task, prepare=functools.partial(write_images, folder, origin, side=side))
 
 
@@ -106,8 +107,6 @@ class ImageTask:
     """Parameter of the Beta distribution that images are mixed by; 0 mixes none."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
-    channels_last: bool = True
-    """Keep the channels of a pixel together in memory, from the input on; images of one channel have no such order."""
 
     def datasets(self) -> Datasets:
         """Return the two Parquet files."""
@@ -125,7 +124,7 @@ class ImageTask:
             return F.cross_entropy(_logits(model, images), label, label_smoothing=self.label_smoothing)
         images = crop_and_flip(images, flip=bool(_about(self.data)["flip"]))
         images, order, share = mixed(images, self.mixup)
-        logits = _logits(model, self._laid_out(images))
+        logits = _logits(model, images)
         own, other = (
             F.cross_entropy(logits, target, label_smoothing=self.label_smoothing) for target in (label, label[order])
         )
@@ -133,7 +132,7 @@ class ImageTask:
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return accuracy (0 or 1) and plain cross-entropy of each sample."""
-        logits, label = _logits(model, self._laid_out(self._images(batch))), batch["label"].long()
+        logits, label = _logits(model, self._images(batch)), batch["label"].long()
         return {
             "accuracy": (logits.argmax(dim=1) == label).float(),
             "loss": F.cross_entropy(logits, label, reduction="none"),
@@ -144,10 +143,6 @@ class ImageTask:
         about = _about(self.data)
         mean, std = (torch.tensor(about[name], device=batch["image"].device).view(-1, 1, 1) for name in ("mean", "std"))
         return (batch["image"].float() / 255.0 - mean) / std
-
-    def _laid_out(self, images: Tensor) -> Tensor:
-        # The inputs alone: convolutions hand the format on, and DeepSpeed cannot broadcast weights that have it.
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
 def crop_and_flip(images: Tensor, *, flip: bool) -> Tensor:
@@ -165,7 +160,8 @@ def crop_and_flip(images: Tensor, *, flip: bool) -> Tensor:
         mirrored = torch.rand(len(images), 1, device=images.device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return moved.contiguous()  # the order of memory is the plan's to choose
 
 
 def mixed(images: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""Text: a small GPT that reads and predicts bytes, on the Python standard library's own source or on your files."""
+"""Text: a small GPT that reads and predicts bytes or tokens, on Python's own standard library or on your files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.parquet import are_written, write_whole
+from jobs.tokens import need_tokenizers, token_documents, train_encoder
 from orchestrator.config import (
     AdamW,
     Cosine,
@@ -42,11 +43,15 @@ __all__ = [
     "Shape",
     "SwiGLU",
     "TextTask",
+    "TokenTask",
     "gpt",
     "rotate",
     "rotations",
     "write_text",
+    "write_tokens",
 ]
+
+Tokens = Literal["bytes", "bpe", "parquet"]
 
 VOCABULARY = 256
 """Every byte is a token: nothing to train or to store beside the text."""
@@ -60,6 +65,8 @@ PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "urllib",
 """Read beside the modules at the top of the standard library."""
 MAX_BYTES = 2_500_000
 """Of the standard library, so that the run is equally long for every version of Python."""
+BYTE_PAIRS = 1024
+"""Tokens learnt from the text unless said otherwise: some three bytes each on the standard library."""
 
 
 # -- the run -----------------------------------------------------------------------------------
@@ -78,6 +85,7 @@ def gpt(
     kv_heads: int | None = None,
     sequence: int | None = None,
     vocabulary: int | None = None,
+    tokens: Tokens = "bytes",
 ) -> Job:
     """Return the job: 218 thousand parameters that come to 2.18 bits per byte on held-out files of Python 3.11.
 
@@ -99,7 +107,10 @@ def gpt(
             a vocabulary is given.
         sequence: Another word for ``context``, in tokens.
         vocabulary: Tokens to choose from, 256 or more. Given, the model is the classical one of that shape: a block has
-            12 x width^2 parameters, and embedding and head share theirs. Text still is bytes, the first 256 tokens.
+            12 x width^2 parameters, and embedding and head share theirs. Text still is bytes, the first 256 tokens,
+            unless ``tokens`` says otherwise, and then it says how many there are and nothing of the model.
+        tokens: bytes; bpe, pairs of bytes learnt from the text itself, 1,024 tokens without ``vocabulary``; or parquet,
+            your own, a list in the column ``tokens`` for each document of ``text``, FILE.parquet or a folder of them.
 
     Raises:
         ConfigError: the sizes do not go together.
@@ -109,6 +120,12 @@ def gpt(
     source = str(Path(text).absolute()) if text else ""
     if context < 1:
         raise ConfigError(f"context={context}: give at least 1 byte, as in context=64")
+    if tokens == "parquet" and not (text and vocabulary):
+        raise ConfigError("tokens=parquet: give text=FILE.parquet and vocabulary=N, the number of its tokens")
+    if tokens == "bpe":
+        need_tokenizers()
+        vocabulary = vocabulary or BYTE_PAIRS
+    classical = vocabulary is not None and tokens == "bytes"
     config = RunConfig(
         name="gpt",
         recipe=Recipe(
@@ -120,19 +137,22 @@ def gpt(
             clip_norm=1.0,
             stop=Stop(epochs=epochs),
         ),
-        layout=LayoutConfig(zero_stage=1 if vocabulary is None else "auto"),
+        layout=LayoutConfig(zero_stage="auto" if classical else 1),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=epochs / 20),
         telemetry=TelemetryConfig(tokens_per_sample=context),
     )
     if kv_heads is None:
-        kv_heads = 2 if vocabulary is None else heads
-    if vocabulary is None:
-        shape = Shape(width, layers, heads, kv_heads)
-    else:
-        shape = Shape(width, layers, heads, kv_heads, vocabulary, tied=True)
-    task = TextTask(folder, shape, context)
-    return Job(config, task, prepare=functools.partial(write_text, folder, source, context=context))
+        kv_heads = heads if classical else 2
+    shape = Shape(width, layers, heads, kv_heads, vocabulary or VOCABULARY, tied=classical)
+    if tokens == "bytes":
+        return Job(
+            config,
+            TextTask(folder, shape, context),
+            prepare=functools.partial(write_text, folder, source, context=context),
+        )
+    write = functools.partial(write_tokens, folder, source, context=context, tokens=tokens, vocabulary=shape.vocabulary)
+    return Job(config, TokenTask(folder, shape, context), prepare=write)
 
 
 # -- the task ----------------------------------------------------------------------------------
@@ -229,8 +249,38 @@ class TextTask:
         return {"loss": nats, "bits_per_byte": nats / math.log(2), "accuracy": accuracy}
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenTask(TextTask):
+    """Predict each next token: ``text`` [samples, context + 1], and how many ``bytes`` [samples] they stand for.
+
+    ``bytes`` are those of all tokens but the first, so of what is predicted; where nobody knows them they are missing.
+    """
+
+    def sample(self) -> Mapping[str, NDArray[Any]]:
+        """Return one row as ``datasets`` holds it, so that a run can be planned before its text is there."""
+        return {"text": np.zeros((1, self.context + 1), dtype=np.int32)}
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return cross-entropy in nats and the share of tokens guessed right, of each row, and its bytes."""
+        logits, following = _predicted(model, batch["text"])
+        nats = F.cross_entropy(logits.transpose(1, 2), following, reduction="none").mean(dim=1)
+        accuracy = (logits.argmax(dim=2) == following).float().mean(dim=1)
+        return {"loss": nats, "accuracy": accuracy} | ({"bytes": batch["bytes"].float()} if "bytes" in batch else {})
+
+    def summarize(self, means: Mapping[str, Tensor]) -> Mapping[str, float | Tensor]:
+        """Return cross-entropy in nats and bits per token and, where bytes are known, in bits per byte.
+
+        Bits per byte is what models of other tokens can be compared by: all nats over all bytes.
+        """
+        bits = means["loss"] / math.log(2)
+        found = {"loss": means["loss"], "accuracy": means["accuracy"], "bits_per_token": bits}
+        if "bytes" in means:
+            found["bits_per_byte"] = bits * self.context / means["bytes"]
+        return found
+
+
 def _predicted(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits [samples, context, 256] and the bytes they are about [samples, context]."""
+    """Return logits [samples, context, vocabulary] and the tokens they are about [samples, context]."""
     rows = rows.long()
     # Losses are taken in fp32, whatever the model computes in.
     return cast("Tensor", model(rows[:, :-1])).float(), rows[:, 1:]
@@ -445,17 +495,65 @@ def write_text(folder: str, text: str = "", *, context: int = 64) -> None:
     files = [Path(folder) / name for name in ("train.parquet", "test.parquet")]
     if are_written(files, made_of):
         return
-    train, held_out = (_rows(documents, context) for documents in _split(_documents(text)))
-    if not len(train) or not len(held_out):
-        raise DataError(
-            f"text={text or 'the standard library'} is too short for one row of {context} bytes to train on and one "
-            "held out: give more text, or a smaller context"
-        )
-    spread = np.linspace(0, len(held_out) - 1, num=min(EVALUATED, len(held_out))).astype(int)
+    streams = (_joined(documents) for documents in _split(_documents(text)))
+    train, held_out = _parts(text, *streams, context=context)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for rows, path in zip((train, held_out[spread]), files, strict=True):
+    for rows, path in zip((train, held_out), files, strict=True):
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), context + 1)
         write_whole(pa.table({"text": column}).replace_schema_metadata(made_of), path, row_group_size=8192)
+
+
+def write_tokens(folder: str, text: str, *, context: int, tokens: Tokens, vocabulary: int) -> None:
+    """Write the same of tokens, unless it is there; with byte pairs also ``tokenizer.json`` and each row's bytes.
+
+    Byte pairs are learnt from what is trained on alone. Documents stand one after another, so that no row is padded;
+    before each stands the token of a zero byte, and in a Parquet file of yours what you have put there.
+
+    Raises:
+        DataError: no text, too little of it, tokens that the vocabulary has not, or ``folder`` holds another text.
+        OSError: the folder cannot be written.
+    """
+    made_of = {"text": text or "the standard library", "context": str(context)}
+    made_of |= {"tokens": tokens, "vocabulary": str(vocabulary)}
+    files = [Path(folder) / name for name in ("train.parquet", "test.parquet")]
+    if are_written(files, made_of):
+        return
+    widths: NDArray[np.int64] | None = None
+    if tokens == "bpe":
+        texts = _split(_documents(text))
+        encoder = train_encoder(texts[0], vocabulary)
+        train, held_out = _parts(text, *(encoder.encode(part) for part in texts), context=context)
+        widths = encoder.widths
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        encoder.save(Path(folder) / "tokenizer.json")
+    else:
+        documents = _split(token_documents(Path(text), vocabulary), size=4)
+        streams = (np.frombuffer(b"".join(part), dtype=np.int32) for part in documents)
+        train, held_out = _parts(text, *streams, context=context)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for rows, path in zip((train, held_out), files, strict=True):
+        columns = {"text": pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), context + 1)}
+        if widths is not None:
+            columns["bytes"] = pa.array(widths[rows[:, 1:]].sum(axis=1))
+        write_whole(pa.table(columns).replace_schema_metadata(made_of), path, row_group_size=8192)
+
+
+def _joined(documents: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(DOCUMENT + document for document in documents), dtype=np.uint8)
+
+
+def _parts(
+    text: str, train: NDArray[Any], held_out: NDArray[Any], *, context: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Rows to train on, and at most ``EVALUATED`` held out, spread evenly over what there is of them."""
+    rows, others = _rows(train, context), _rows(held_out, context)
+    if not len(rows) or not len(others):
+        raise DataError(
+            f"text={text or 'the standard library'} is too short for one row of {context} "
+            f"{'bytes' if train.dtype == np.uint8 else 'tokens'} to train on and one held out: give more text, "
+            "or a smaller context"
+        )
+    return rows, others[np.linspace(0, len(others) - 1, num=min(EVALUATED, len(others))).astype(int)]
 
 
 def _documents(text: str) -> list[bytes]:
@@ -492,19 +590,18 @@ def _up_to(limit: int, documents: Sequence[bytes]) -> Iterator[bytes]:
             yield document
 
 
-def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Return what is trained on and what is held out, a twentieth or the smallest file."""
+def _split(documents: Sequence[bytes], *, size: int = 1) -> tuple[list[bytes], list[bytes]]:
+    """Return what is trained on and what is held out, a twentieth or the smallest; a token has ``size`` bytes."""
     if len(documents) == 1:
-        cut = len(documents[0]) - len(documents[0]) // HELD_OUT
+        cut = len(documents[0]) - len(documents[0]) // size // HELD_OUT * size
         return [documents[0][:cut]], [documents[0][cut:]]
     share = sum(map(len, documents)) // HELD_OUT
     held_out = list(_up_to(share, documents)) or [min(documents, key=len)]
     return [document for document in documents if document not in held_out], held_out
 
 
-def _rows(documents: Sequence[bytes], context: int) -> NDArray[np.uint8]:
-    """Return [rows, context + 1]: the documents one after another; what does not fill a row is left out."""
-    stream = np.frombuffer(b"".join(DOCUMENT + document for document in documents), dtype=np.uint8)
+def _rows(stream: NDArray[Any], context: int) -> NDArray[Any]:
+    """Return [rows, context + 1] of the stream; what does not fill a row is left out."""
     if len(stream) <= context:
-        return np.empty((0, context + 1), dtype=np.uint8)
+        return np.empty((0, context + 1), dtype=stream.dtype)
     return np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context]

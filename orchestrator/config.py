@@ -396,6 +396,16 @@ class LayoutConfig(Part):
     """Type of forward and backward; auto: bf16 where the accelerator has it, fp16 on older GPUs, fp32 on CPU."""
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over the whole micro batch of all workers, not over each worker's."""
+    compile: bool | Auto = "auto"
+    """Compile the model with torch.compile; auto: on GPUs of compute capability 8.0 and more, but in ZeRO stage 3."""
+    tf32: bool | Auto = "auto"
+    """Round the factors of fp32 matrix products to TF32; auto: on GPUs that have it, beside bf16 or fp16."""
+    fused_optimizer: bool | Auto = "auto"
+    """Update all weights in a few kernels; auto: on GPUs."""
+    channels_last: bool | Auto = "auto"
+    """Keep the channels of a pixel together in memory; auto: on GPUs in 16 bit, for models with convolutions."""
+    attention: Literal["flash", "efficient", "math"] | Auto = "auto"
+    """Kernel of scaled_dot_product_attention; auto: torch's choice at each call."""
 
 
 class ScaleConfig(Part):
@@ -465,7 +475,7 @@ class CheckpointConfig(Part):
     """Where a run's folder is, and how often its state is saved."""
 
     uri: str = "runs"
-    """Folder that holds the folders of runs; a relative one starts at the working directory."""
+    """What holds the runs: a folder, relative ones from the working directory, or s3://BUCKET/PREFIX."""
     interval_s: PositiveFloat | Auto = 60.0
     """Seconds between checkpoints; auto: what loses the least, by the cost of a save and the failures so far."""
     interval_steps: PositiveInt | None = None
@@ -528,11 +538,19 @@ class FailureConfig(Part):
     """What a run does about trouble."""
 
     max_restarts: NonNegativeInt = 3
-    """How often lost workers are replaced before the run fails."""
+    """How often lost workers are replaced, without progress in between, before the run fails."""
+    max_preemptions: NonNegativeInt = 100
+    """The same for workers whose nodes were taken away after notice."""
+    hang_factor: PositiveFloat = 50.0
+    """A step that takes so many times as long as usual hangs: its stacks are written down, and the run starts again."""
+    hang_least_s: PositiveFloat = 600.0
+    """Seconds that a step may take in any case."""
     skip_nonfinite_steps: NonNegativeInt = 0
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
     on_corrupt_row_group: Literal["stop", "skip"] = "stop"
     """A row group that cannot be read: stop the run, or count it and use the next readable one's samples instead."""
+    storage_budget_s: PositiveFloat = 900.0
+    """Seconds for which checkpoints may fail to reach S3, while training goes on, before the run stops."""
     stop_grace_s: PositiveFloat = 60.0
     """Seconds that workers get to finish the step and save after a signal."""
 

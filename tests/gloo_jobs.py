@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from orchestrator.config import SGD, Fixed, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import Dataset, Datasets, Task
+from orchestrator.launching.places import Stored, StoredPlace
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.memory import BUCKET_ELEMENTS
@@ -243,6 +245,12 @@ def blocks(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
 
 
+def plain_blocks() -> nn.Module:
+    """Three blocks without batch norm, so without buffers."""
+    body = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3)])
+    return nn.Sequential(nn.Linear(FEATURES, 16), body, nn.Linear(16, CLASSES))
+
+
 def dropped_blocks() -> nn.Module:
     """The same with dropout: what it computes depends on the random state."""
     return blocks(dropout=0.2)
@@ -375,6 +383,13 @@ def optimizer_after(config: RunConfig, task: Toy, scalings: Sequence[Scaling], s
         optimizer = optimizer.optimizer
     second = [state["exp_avg_sq"].clone() for state in optimizer.state.values() if "exp_avg_sq" in state]
     return {"groups": groups, "second": second}
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
@@ -598,13 +613,51 @@ class _Taking:
         return self.task.take(positions)
 
 
+def stored_loop(
+    config: RunConfig, task: Task, stored: Stored, variables: Mapping[str, str], stop_in: int | None = None
+) -> Ended:
+    """``train`` as a worker runs it beside a store; ``variables`` of the environment say how that is reached."""
+    os.environ.update(variables)
+    place = StoredPlace(stored, dist.get_rank())
+    try:
+        attempt: list[Any] = [place.begin() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(attempt, src=0)
+        guard = place.guard(attempt[0].token)
+        recorder = Recorder(
+            place.folder, guard, plan_for(config, task), rank=dist.get_rank(), attempt=attempt[0].number
+        )
+        checkpoints = place.checkpoints(config, _layout_key(plan_for(config, task)), recorder)
+        run = _training_of(config, task, place.folder, checkpoints, recorder, stop_in)
+        outcome = train(run)
+        recorder.end(outcome.state, outcome.reason)
+        place.end({"last": outcome.state.to_dict()} if dist.get_rank() == 0 else None)
+    except OrchestratorError as error:
+        return Ended(error=type(error).__name__, message=str(error))
+    finally:
+        place.leave()
+    weights, buffers = weights_of(run.engine), local_buffers(run.engine.module)
+    return Ended(outcome.reason, outcome.stopped, outcome.state, weights, buffers)
+
+
 def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, stop_in: int | None) -> Training:
     token = [Fence.begin(folder.control, driver=driver, patience_s=5.0) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(token, src=0)
     assert token[0] is not None
     fence = Fence(folder.control, token[0])
     plan = plan_for(config, task)
-    layout_key = {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+    checkpoints = Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan))
+    recorder = Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1)
+    return _training_of(config, task, folder, checkpoints, recorder, stop_in)
+
+
+def _layout_key(plan: Plan) -> dict[str, Any]:
+    return {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+
+
+def _training_of(
+    config: RunConfig, task: Task, folder: RunFolder, checkpoints: Any, recorder: Recorder, stop_in: int | None
+) -> Training:
+    plan = plan_for(config, task)
     train_set, evaluation_set = data_of(task)
     calls = itertools.count(1)
     return Training(
@@ -614,8 +667,8 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
         engine=make_engine(config, task),
         train_set=train_set,
         evaluation_set=evaluation_set,
-        checkpoints=Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, layout_key),
-        recorder=Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1),
+        checkpoints=checkpoints,
+        recorder=recorder,
         scheduler=Scheduler(
             policy=make_policy(config),
             config=config,

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -30,7 +29,7 @@ class Watcher:
         self.decision: Callable[[Mapping[str, Any]], None] = display.decision
         self.note: Callable[[str], None] = display.note
 
-    def planned(self, plan: Plan, folder: Path) -> None:
+    def planned(self, plan: Plan, folder: str) -> None:
         from orchestrator.telemetry.planned import plan_lines
 
         self._display.restart()

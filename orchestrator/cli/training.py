@@ -176,12 +176,14 @@ def tune(
         tuned = tuning.tune(request, Watcher(display))
     if as_json:
         rows = [asdict(trial) for trial in tuned.trials]
-        print(json.dumps({"folder": str(tuned.folder), "metric": metric, "set": tuned.set_line, "trials": rows}))
+        found = {"folder": str(tuned.folder), "report": str(tuned.report), "metric": metric, "set": tuned.set_line}
+        print(json.dumps({**found, "trials": rows}))
         return
     for trial in tuned.trials:
         settings = "  ".join(f"{name}={value}" for name, value in trial.settings.items())
         best = "no value" if trial.best is None else f"{metric} {trial.best:.4g}"
         print(f"{best:<18} {trial.progress:5.0%}  {trial.state:<12} {settings}")
+    print(f"drawn in {tuned.report}")
     print(tuned.set_line)
 
 

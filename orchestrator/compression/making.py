@@ -21,13 +21,14 @@ from orchestrator.compression.measuring import Inputs, evaluate_model, largest_d
 from orchestrator.compression.pruning import plain
 from orchestrator.compression.quantizing import METHODS, quantized, without_fake_quantization
 from orchestrator.compression.report import Entry
+from orchestrator.compression.tensorrt import is_available, to_tensorrt
 from orchestrator.compression.trained import Trained
 from orchestrator.compression.variants import QuantizationAware
 from orchestrator.errors import DataError, ExportError, did_you_mean
 from orchestrator.job import Dataset, Task
 from orchestrator.training.data import open_dataset
 
-__all__ = ["PATHS", "Source", "make", "make_one", "source_of"]
+__all__ = ["PATHS", "Source", "make", "make_one", "possible_paths", "source_of"]
 
 BATCH = 64
 COMPARED = 4
@@ -139,5 +140,11 @@ PATHS: dict[str, tuple[str, Callable[[Source, Path], nn.Module]]] = {
     "onnx-int8": (".onnx", _onnx_int8),
     "executorch-int8": (".pte", lambda source, file: to_executorch_int8(source.model, source.calibration, file)),
     **{f"torch-{method}": (".pt2", _torchao(method)) for method in METHODS},
+    "tensorrt": (".engine", lambda source, file: to_tensorrt(source.model, source.inputs, file)),
 }
 """How a model can be written: suffix and writer, by name. fp32 first, so that all else is measured against it."""
+
+
+def possible_paths() -> tuple[str, ...]:
+    """All of ``PATHS`` but for what takes a GPU, where there is none."""
+    return tuple(path for path in PATHS if path != "tensorrt" or is_available())

@@ -127,6 +127,7 @@ def _shape() -> ClusterShape:
         accelerators=int(resources.get("GPU", 0)),
         accelerator=sorted(names)[0] if names else "",
         memory_bytes=int(resources.get("memory", 0.0) / max(1, nodes)),
+        tpus=int(resources.get("TPU", 0)),
     )
 
 

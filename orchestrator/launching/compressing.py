@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.compression.making import PATHS, make, make_one, source_of
+from orchestrator.compression.making import PATHS, make, make_one, possible_paths, source_of
 from orchestrator.compression.report import Budget, Entry, best, quality_of, report_html
 from orchestrator.compression.trained import Trained, load_trained
 from orchestrator.errors import ExportError, RunFolderError, did_you_mean, explain_oserror
 from orchestrator.launching.driver import Listener, run
 from orchestrator.launching.preflight import RunRequest
 from orchestrator.storage.folder import write_json, write_text
+from orchestrator.storage.store import is_s3
 
 __all__ = ["CompressRequest", "Compressed", "compress", "export"]
 
@@ -75,7 +76,7 @@ def compress(request: CompressRequest, listener: Listener) -> Compressed:
             listener.note(f"training its variant {name} ...")
             smaller = load_trained(run(orders[name], listener)["folder"])
             found = source_of(smaller, smaller.config.name, calibrate=request.calibrate)
-        entries += make(found, request.paths or (tuple(PATHS) if name == "run" else SHORT), folder)
+        entries += make(found, request.paths or (possible_paths() if name == "run" else SHORT), folder)
     quality = quality_of(entries, request.metric)
     chosen = best(entries, request.budget, quality)
     done = Compressed(folder, quality, tuple(entries), chosen)
@@ -92,7 +93,8 @@ def export(name: str, paths: Sequence[str], out: Path | None, *, calibrate: int 
     _check_paths(paths)
     trained = load_trained(name)
     source = source_of(trained, trained.config.name, calibrate=calibrate)
-    folder = _made(out or trained.folder.root / "exported")
+    beside = Path("exported") / trained.config.name if is_s3(name) else trained.folder.root / "exported"
+    folder = _made(out or beside)
     return [make_one(source, path, folder) for path in paths]
 
 

@@ -24,7 +24,8 @@ from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.search_space import Range, parse_search
-from orchestrator.storage.folder import RunFolder, read_json, write_json
+from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
@@ -72,6 +73,11 @@ class Tuned:
     together: int
 
     @property
+    def report(self) -> Path:
+        """The page that draws it."""
+        return self.folder / "report.html"
+
+    @property
     def set_line(self) -> str:
         """What the best trial was, ready for the command line."""
         return " ".join(f"--set {name}={value}" for name, value in self.trials[0].settings.items())
@@ -104,7 +110,30 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
         raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
-    return Tuned(folder, request.metric, grows, trials, together)
+    tuned = Tuned(folder, request.metric, grows, trials, together)
+    _draw(tuned, job.config.name)
+    return tuned
+
+
+def _draw(tuned: Tuned, name: str) -> None:
+    """Write the search down as a page: what was tried, what came of it, and each trial's way there."""
+    rows = [
+        SearchedTrial(
+            name=trial.name,
+            settings=trial.settings,
+            state=trial.state,
+            share=trial.progress,
+            best=trial.best,
+            points=_points(tuned.folder / "runs" / trial.name, tuned.metric),
+        )
+        for trial in tuned.trials
+    ]
+    write_text(tuned.report, render_search(name, tuned.metric, rows, tuned.set_line))
+
+
+def _points(root: Path, metric: str) -> tuple[tuple[float, float, int], ...]:
+    records = _lines(root / "evaluations.jsonl")
+    return tuple((r["progress"], r["metrics"][metric], r["step"]) for r in records if metric in r["metrics"])
 
 
 def _need_optuna() -> None:
@@ -163,7 +192,9 @@ def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, to
     (folder / "settings").mkdir(exist_ok=True)
     known = sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
     if request.optuna and len(known) < request.trials:
-        _round(request, folder, {"settings": {r.field: _domain(r) for r in ranges}}, SHARES[0], together, len(known))
+        space = {"settings": {found.field: _domain(found) for found in ranges}}
+        searcher = _optuna(request, ranges, folder)
+        _round(request, folder, space, SHARES[0], together, request.trials - len(known), searcher)
     elif not known:
         source = random.Random(request.seed)
         for index in range(request.trials):
@@ -173,15 +204,20 @@ def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, to
 
 
 def _round(
-    request: TuneRequest, folder: Path, space: dict[str, Any], share: float, together: int, known: int = 0
+    request: TuneRequest,
+    folder: Path,
+    space: dict[str, Any],
+    share: float,
+    together: int,
+    count: int = 1,
+    searcher: Any = None,
 ) -> None:
-    """Run trials to ``share`` of their length: those in ``space``, or, with Optuna, as many as are missing."""
+    """Run trials to ``share`` of their length: those in ``space``, or ``count`` of what ``searcher`` finds in it."""
     from ray import tune as ray_tune
 
     def trial(chosen: dict[str, Any]) -> None:
         run_trial(request, folder, chosen.get("trial", chosen), share)
 
-    searches = request.optuna and "settings" in space
     tuner = ray_tune.Tuner(
         # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
         ray_tune.with_resources(trial, {"memory": 1}),
@@ -189,9 +225,9 @@ def _round(
         tune_config=ray_tune.TuneConfig(
             metric="value",
             mode="max" if request.metric.startswith(GROWING) else "min",
-            num_samples=request.trials - known if searches else 1,
+            num_samples=count,
             max_concurrent_trials=together,
-            search_alg=_optuna(request.seed) if searches else None,
+            search_alg=searcher,
         ),
         run_config=ray_tune.RunConfig(name=f"round-{share:.3f}", storage_path=str(folder / "ray"), verbose=0),
     )
@@ -229,10 +265,27 @@ def _domain(found: Range) -> Any:
     return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
 
 
-def _optuna(seed: int) -> Any:
+def _optuna(request: TuneRequest, ranges: Sequence[Range], folder: Path) -> Any:
+    """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
     from ray.tune.search.optuna import OptunaSearch
 
-    return OptunaSearch(seed=seed)
+    trials = _trials(folder, request.metric, request.metric.startswith(GROWING))
+    known = [trial for trial in trials if trial.best is not None and trial.state != "failed"]
+    return OptunaSearch(
+        points_to_evaluate=[
+            {f"settings/{r.field}": _value(r, trial.settings[r.field]) for r in ranges} for trial in known
+        ],
+        evaluated_rewards=[trial.best for trial in known],
+        seed=request.seed + len(trials),  # the same seed would begin with the same settings again
+    )
+
+
+def _value(found: Range, text: str) -> Any:
+    """What a range's own text stands for; rounding must not carry it over the edge."""
+    if found.kind == "choice":
+        return text
+    low, high = found.bounds
+    return min(max(int(text) if found.kind == "randint" else float(text), low), high)
 
 
 def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], share: float) -> None:
@@ -261,7 +314,7 @@ class _Pause:
         self.folder = folder
         self._share = share
 
-    def planned(self, plan: Plan, _: Path) -> None:
+    def planned(self, plan: Plan, _: str) -> None:
         self._length = float(plan.length or math.inf)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:

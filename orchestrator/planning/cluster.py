@@ -28,6 +28,8 @@ class ClusterShape:
     """Of a node, to the others; 0: what is usual beside its accelerators."""
     imagined: bool = False
     """Whether it does not exist, so that its size follows what is asked."""
+    tpus: int = 0
+    """Which no run can use: they are counted so that none falls back to CPUs in silence."""
 
     @classmethod
     def imagine(
@@ -56,7 +58,16 @@ class ClusterShape:
         )
 
     def accelerators_per_worker(self, scale: ScaleConfig) -> int:
-        """Resolve ``scale.accelerators_per_worker``: "auto" takes one where the cluster has any."""
+        """Resolve ``scale.accelerators_per_worker``: "auto" takes one where the cluster has any.
+
+        Raises:
+            ClusterError: all it has are TPUs.
+        """
+        if scale.accelerators_per_worker != 0 and self.tpus and not self.accelerators:
+            raise ClusterError(
+                f"the cluster's accelerators are {self.tpus} TPUs, and DeepSpeed, which takes every step here, has no "
+                "device for them: use a cluster with GPUs, or scale.accelerators_per_worker=0 to train on its CPUs"
+            )
         if scale.accelerators_per_worker == "auto":
             return 1 if self.accelerators else 0
         return scale.accelerators_per_worker

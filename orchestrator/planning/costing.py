@@ -105,6 +105,8 @@ def setting_of(
         accelerator = recognise(shape.accelerator, config.planning.accelerator)
     if accelerator is None or not accelerator.flops(precision):  # type: ignore[arg-type]
         return None
+    if config.layout.tf32 is True:  # on tensor cores, at half the rate of 16 bit, as every maker's data sheet has it
+        accelerator = replace(accelerator, fp32_flops=max(accelerator.fp32_flops, accelerator.bf16_flops / 2))
     if shape.network_gbit_per_s:
         network = shape.network_gbit_per_s / 8 * 1e9 / workers_per_node
         accelerator = replace(accelerator, network_bytes_per_s=network)

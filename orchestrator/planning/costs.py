@@ -77,6 +77,8 @@ class Profile:
     """Why ``checkpointed`` is None."""
     untraced: str = ""
     """Why it had to be measured with real numbers; empty where it was traced."""
+    convolutions: int = 0
+    """Two-dimensional ones in the model."""
 
     def of(self, checkpointing: bool) -> Pass:
         """The pass with or without activation checkpointing."""

@@ -10,6 +10,7 @@ from orchestrator.config import Fixed, Ramp, RunConfig, Stop
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.choice import Setting
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.computing import EAGER, Computing, Place, choose_computing
 from orchestrator.planning.costing import Costing, cost, setting_of
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.layout import Layout, lay_out
@@ -57,6 +58,7 @@ class Plan:
     evaluate_every: float
     stop: Stop
     reasons: tuple[str, ...]
+    computing: Computing = EAGER
     costing: Costing | None = None
     """None where the model could not be traced or the accelerator is not known."""
 
@@ -157,9 +159,41 @@ def make_plan(
         )
     if setting is not None:
         plan = _costed(plan, setting, stage, refuse=refuse)
+    elif (
+        probe is not None and probe.matches(plan) and "auto" == config.layout.micro_batch == config.layout.accumulation
+    ):
+        plan = _within(plan, probe)
+    plan = _computed(plan, config, shape, profile)
     _check_combination(config, on_gpu, plan.zero_stage, evaluation_samples, imagined=shape.imagined)
     _check_preconditioning(config, plan.zero_stage, plan.precision)
     return plan
+
+
+def _within(plan: Plan, probe: Probe) -> Plan:
+    """The plan with the largest micro batch below one that ran out of memory; without costs nothing else is known."""
+    share, refused = plan.layout.worker_batch, probe.refused
+    if refused is None or plan.layout.micro_batch < refused or refused == 1:
+        return plan
+    size = max(size for size in range(1, refused) if share % size == 0)
+    reason = f"micro batch {size}: the probe ran out of memory at {refused}"
+    return replace(plan, layout=Layout(plan.layout.workers, size, share // size), reasons=(*plan.reasons, reason))
+
+
+def _computed(plan: Plan, config: RunConfig, shape: ClusterShape, profile: Profile | None) -> Plan:
+    """The plan with how its device computes: decided last, since stage and checkpointing bear on it."""
+    if shape.accelerator.lower().startswith("tpu"):
+        why_not = "a TPU is planned for in memory and time alone: DeepSpeed has no device for it, and `run` refuses it"
+        return replace(plan, reasons=(*plan.reasons, why_not))
+    place = Place(
+        device=plan.device,
+        accelerator=shape.accelerator,
+        modern=plan.device == "cuda" and not _is_old(shape),
+        precision=plan.precision,
+        zero_stage=plan.zero_stage,
+        activation_checkpointing=plan.activation_checkpointing,
+    )
+    computing, why = choose_computing(config, place, profile)
+    return replace(plan, computing=computing, reasons=(*plan.reasons, *why))
 
 
 def planned_precision(config: RunConfig, shape: ClusterShape) -> Precision:
@@ -289,7 +323,7 @@ def _offload(config: RunConfig, on_gpu: bool, zero_stage: int) -> Literal["none"
 
 def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: list[str]) -> Precision:
     wanted = config.layout.precision
-    old = shape.accelerator.upper().startswith(WITHOUT_BF16)
+    old = _is_old(shape)
     if wanted == "bf16" and on_gpu and old:
         raise ConfigError(f"layout.precision='bf16': {shape.accelerator} has no bf16 units: use fp16, fp32 or auto")
     if wanted != "auto":
@@ -299,6 +333,10 @@ def _precision(config: RunConfig, shape: ClusterShape, on_gpu: bool, reasons: li
         return "fp32"
     reasons.append(f"precision {'fp16' if old else 'bf16'}: what {shape.accelerator or 'the accelerator'} is fast at")
     return "fp16" if old else "bf16"
+
+
+def _is_old(shape: ClusterShape) -> bool:
+    return shape.accelerator.upper().removeprefix("NVIDIA-").removeprefix("TESLA-").startswith(WITHOUT_BF16)
 
 
 def _check_ramp(config: RunConfig, train_samples: int, *, imagined: bool = False) -> None:

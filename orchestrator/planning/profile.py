@@ -405,6 +405,7 @@ def _parameters(model: nn.Module) -> dict[str, int]:
         "small_parameters": sum(p.numel() for p in trained if p.numel() <= SMALL_PARAMETER),
         "tensors": len(trained),
         "buffer_bytes": sum(b.nbytes for b in model.buffers()),
+        "convolutions": sum(isinstance(module, nn.Conv2d) for module in model.modules()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -124,14 +125,18 @@ class S3Store:
 
         return self._ask(key, put, "write")
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, deep: bool = True) -> Iterator[Entry]:
         """See ``Store``."""
         root = f"{self._prefix}/" if self._prefix else ""
         request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": f"{root}{prefix}"}
+        if not deep:
+            request["Delimiter"] = "/"
         while True:
             page = self._ask(prefix, lambda: self._client.list_objects_v2(**request), "list")
             for item in page.get("Contents", ()):
-                yield Entry(item["Key"].removeprefix(root), item["Size"])
+                if item["Key"].endswith("/"):
+                    continue  # a marker, by which some clients make folders where there are none
+                yield Entry(item["Key"].removeprefix(root), item["Size"], version=item.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -173,6 +178,11 @@ class S3Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, key: str, to: str) -> None:
+        """See ``Store``: the service copies, in parts where the object is large."""
+        source, target = self._name(key), self._name(to)
+        self._ask(key, lambda: self._client.copy(source, target["Bucket"], target["Key"], Config=self._transfer))
+
     def delete(self, *keys: str) -> None:
         """See ``Store``."""
         for start in range(0, len(keys), DELETED_AT_ONCE):
@@ -186,6 +196,28 @@ class S3Store:
             for refused in answer.get("Errors", ()):
                 if refused["Code"] not in ("NoSuchKey", "404"):
                     raise StorageError(f"s3://{self._bucket}/{refused['Key']}: not deleted ({refused['Code']})")
+
+    def collect(self, prefix: str = "") -> int:
+        """See ``Store``: uploads in parts that nobody will complete take space, and money, until they are aborted."""
+        root = f"{self._prefix}/" if self._prefix else ""
+        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": f"{root}{prefix}"}
+        uploads: list[dict[str, Any]] = []
+        while True:
+            page = self._ask(prefix, functools.partial(self._client.list_multipart_uploads, **request), "list")
+            uploads += page.get("Uploads", ())
+            if not page.get("IsTruncated"):
+                break
+            request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for upload in uploads:
+            self._ask(prefix, functools.partial(self._abort, upload), "delete")
+        return len(uploads)
+
+    def _abort(self, upload: dict[str, Any]) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        except ClientError as error:
+            if _code(error) not in ("NoSuchUpload", "404"):  # gone since: what was wanted
+                raise
 
     def _name(self, key: str) -> dict[str, str]:
         check_key(key)

@@ -14,7 +14,20 @@ from typing import Any, Literal
 
 from orchestrator.telemetry import human
 
-__all__ = ["Axis", "Chart", "Curve", "Marker", "Point", "draw", "linear_axis", "log_axis", "smooth", "thin"]
+__all__ = [
+    "Axis",
+    "Chart",
+    "Curve",
+    "Dot",
+    "Marker",
+    "Point",
+    "draw",
+    "linear_axis",
+    "log_axis",
+    "scatter",
+    "smooth",
+    "thin",
+]
 
 Point = tuple[float, float, int]
 """Progress in reference samples, value, step."""
@@ -58,6 +71,16 @@ class Chart:
     zero: bool = False
     log: bool = False
     wide: bool = False
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One dot of a scatter plot, with what is said when it is pointed at."""
+
+    x: float
+    y: float
+    label: str
+    colour: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
@@ -201,6 +224,28 @@ def draw(chart: Chart, domain: tuple[float, float], markers: Sequence[Marker]) -
 <i class="cross" hidden></i></div>
 <div class="across" aria-hidden="true">{_labels(across, "left")}</div></div></figure>"""
     return html, {"axis": [up.low, up.high, up.log], "curves": [_hover_points(c) for c in curves]}
+
+
+def scatter(title: str, unit: str, dots: Sequence[Dot]) -> tuple[str, dict[str, Any]]:
+    """Dots as a ``<figure>``, the axis across logarithmic where they span decades; there must be one at least."""
+    assert dots, "nothing to draw"
+    low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
+    across = log_axis(low, high) if low > 0 and high / low > 10 else linear_axis(low, high, ticks=5)
+    points = [(dot.x, dot.y, 0) for dot in dots]
+    up = _value_axis(Chart(title, [Curve(title, points)], log=True))
+    grid = "".join(f"M0 {_y(up, v)}H1000" for v in up.ticks)
+    marks = "".join(
+        f'<path class="spots c{dot.colour}" d="M{_x(across, dot.x)} {_y(up, dot.y)}h0">'
+        f"<title>{escape(dot.label)}</title></path>"
+        for dot in dots
+    )
+    html = f"""<figure class="chart" aria-label="{escape(title)}">
+<figcaption><h3>{escape(title)}<small>{escape(unit)}</small></h3><output></output></figcaption>
+<div class="frame"><div class="up" aria-hidden="true">{_labels(up, "bottom")}</div>
+<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img"><title>{escape(title)}</title>
+<path class="grid" d="{grid}"/>{marks}</svg><i class="cross" hidden></i></div>
+<div class="across" aria-hidden="true">{_labels(across, "left")}</div></div></figure>"""
+    return html, {"axis": [up.low, up.high, up.log], "curves": []}
 
 
 def describe(curves: Sequence[Curve]) -> str:

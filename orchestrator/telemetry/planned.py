@@ -42,6 +42,8 @@ def plan_lines(plan: Plan) -> list[str]:
         ("device", f"{plan.device}, {plan.precision}"),
         ("ZeRO", f"stage {plan.zero_stage}{'' if plan.offload == 'none' else f', offload {plan.offload}'}"),
     ]
+    if str(plan.computing):
+        rows.append(("compute", str(plan.computing)))
     if plan.activation_checkpointing:
         rows.append(("memory", "activation checkpointing"))
     if plan.costing is not None:

@@ -25,6 +25,7 @@ from orchestrator.scheduling.learning_rate import Scaling
 from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.buffers import averaged, load_local_buffers, local_buffers
 from orchestrator.training.clock import StepClock, ticker_for
+from orchestrator.training.computing import attending, compile_model, in_channels_last, set_fp32_products
 from orchestrator.training.gradient_noise import GradientNorms, Preconditioner
 from orchestrator.training.optimizer import (
     add_penalties,
@@ -171,7 +172,8 @@ class Engine:
             self._preconditioner.watch()
         if norms is not None and self._world_size * len(micro_batches) == 1:
             micro_batches = _halves(micro_batches[0])
-        loss, times = self._accumulate(micro_batches, norms)
+        with attending(self._plan):
+            loss, times = self._accumulate(micro_batches, norms)
         accumulated = time.perf_counter()
         own_small_sq = math.nan if norms is None else float(norms.sums.sum()) / max(norms.micro_batches, 1)
         # The small all-reduce travels while the update is computed, so it can only carry the time of the one before.
@@ -220,7 +222,7 @@ class Engine:
     def evaluation(self) -> Iterator[nn.Module]:
         """The model as it is evaluated: evaluation mode, no gradients, buffers averaged over the ranks."""
         self._engine.eval()
-        with averaged(self.module), torch.no_grad():
+        with averaged(self.module), torch.no_grad(), attending(self._plan):
             yield self.model
         self._engine.train()
 
@@ -438,6 +440,8 @@ def _seed(seed: int) -> None:
 def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Module:
     if sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if plan.computing.channels_last:
+        in_channels_last(model)
     if plan.activation_checkpointing:
         checkpoint_blocks(model)
     if plan.precision != "fp32":
@@ -447,6 +451,7 @@ def _fit_out(model: nn.Module, plan: Plan, *, sync_batch_norm: bool) -> nn.Modul
 
 def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
     require_precision(plan)
+    set_fp32_products(plan)
     if plan.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -456,13 +461,14 @@ def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
         # minute, since the build leaves its lock behind. Gloo reduces instead.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
-    optimizer = build_optimizer(model, config.recipe, device=plan.device)
+    optimizer = build_optimizer(model, config.recipe, fused=plan.computing.fused_optimizer)
     # Some of its wrappers allocate their state by taking a step on zero gradients, in which LAMB's decay would act.
     set_learning_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
     if plan.zero_stage == 0 and plan.precision != "fp32":
         # The one of this case leaves that state behind, and Adam would count the step as its first.
         optimizer.state.clear()
+    compile_model(engine, plan)
     return engine
 
 

@@ -27,12 +27,13 @@ __all__ = [
 ]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, *, device: str) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe, *, fused: bool) -> torch.optim.Optimizer:
     """The recipe's optimizer over ``model``'s trainable parameters, at the reference batch's learning rate.
 
-    Its groups carry the penalties, which act once ``add_penalties`` has been called.
+    ``fused`` updates all weights in a few kernels. Its groups carry the penalties, which act once ``add_penalties`` has
+    been called.
     """
-    return _bare(_groups(model, recipe.penalties), recipe, device)
+    return _bare(_groups(model, recipe.penalties), recipe, fused=fused)
 
 
 def parameters_in_order(model: nn.Module, penalties: Penalties) -> list[nn.Parameter]:
@@ -107,15 +108,14 @@ def _groups(model: nn.Module, penalties: Penalties) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _bare(groups: list[dict[str, Any]], recipe: Recipe, device: str) -> torch.optim.Optimizer:
+def _bare(groups: list[dict[str, Any]], recipe: Recipe, *, fused: bool) -> torch.optim.Optimizer:
     wanted = recipe.optimizer
     rate = wanted.learning_rate
-    fused = True if device == "cuda" else None
     if isinstance(wanted, SGD):
         for group in groups:
             group["gradient"] = 1.0
         return torch.optim.SGD(
-            groups, lr=rate, momentum=wanted.momentum, nesterov=wanted.nesterov, weight_decay=0.0, fused=fused
+            groups, lr=rate, momentum=wanted.momentum, nesterov=wanted.nesterov, weight_decay=0.0, fused=fused or None
         )
     betas = (wanted.beta1, wanted.beta2)
     if wanted.name == "lamb":
@@ -127,7 +127,7 @@ def _bare(groups: list[dict[str, Any]], recipe: Recipe, device: str) -> torch.op
             group["decay"] = 0.0
         return FusedLamb(groups, lr=rate, betas=betas, eps=wanted.eps)  # type: ignore[no-any-return]
     kind = torch.optim.AdamW if isinstance(wanted, AdamW) else torch.optim.Adam
-    return kind(groups, lr=rate, betas=betas, eps=wanted.eps, weight_decay=0.0, fused=fused)
+    return kind(groups, lr=rate, betas=betas, eps=wanted.eps, weight_decay=0.0, fused=fused or None)
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ class Probing:
     train_set: Dataset
     memory: MemoryGauge
     rank: int
-    workers: int
     planned: int
     """The micro batch that the run is to begin with."""
     candidates: Sequence[int]

@@ -47,7 +47,7 @@ def range_test(task: Task, config: RunConfig, *, low: float, high: float, steps:
         )
     torch.manual_seed(config.seed)
     model = task.model().train()
-    optimizer = build_optimizer(model, config.recipe, device="cpu")
+    optimizer = build_optimizer(model, config.recipe, fused=False)
     add_penalties(optimizer)
     data = open_dataset(task.datasets().train, config)
     stream, batch = Stream.over(data, config.seed), config.recipe.batch

@@ -57,11 +57,9 @@ def _repeated(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _wrap(block: nn.Module) -> nn.Module:
-    return checkpoint_wrapper(
-        block,
-        checkpoint_impl=CheckpointImpl.NO_REENTRANT,
-        context_fn=functools.partial(_contexts, block),
-    )
+    # Without buffers no contexts: torch.compile takes a wrapped block as it is, and none with contexts of ours.
+    contexts = {"context_fn": functools.partial(_contexts, block)} if any(True for _ in block.buffers()) else {}
+    return checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **contexts)
 
 
 def _contexts(

@@ -61,6 +61,10 @@ def test_a_report_is_written_and_the_budget_kept(
     [
         (["export", "RUN", "--to", "onxx"], "error: 'onxx' is no way to write a model; did you mean 'onnx'? valid: "),
         (["export", "/nowhere"], "error: no run at '/nowhere'; "),
+        (
+            ["export", "RUN", "--to", "tensorrt"],
+            "error: tensorrt builds for the GPU of its own machine, and here is no ",
+        ),
         (["export", "RUN", "--to", "onnx-int8", "--calibrate", "0"], "error: int8 needs samples to calibrate on"),
         (["compress", "RUN", "--max-size", "0"], "error: max_size_bytes=0: give a number above 0"),
         (["compress", "RUN", "--prune", "1.5"], "error: sparsity=1.5: should lie between 0 and 1"),

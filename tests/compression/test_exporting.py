@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gloo_jobs import Rows
-from jobs.language import GPT, Shape
+from jobs.language import GPT, Shape, TextTask, write_text
 from orchestrator.compression.exporting import need, to_executorch, to_onnx, to_onnx_int8, to_torch
 from orchestrator.compression.making import PATHS, Source, make, make_one, source_of
 from orchestrator.compression.measuring import evaluate_model, largest_difference, model_inputs
 from orchestrator.compression.quantizing import fake_quantized, quantized, without_fake_quantization
 from orchestrator.compression.trained import load_trained
 from orchestrator.errors import ExportError, JobError
+from orchestrator.training.data import open_dataset
 
 
 def without(*packages: str) -> pytest.MarkDecorator:
@@ -101,6 +102,32 @@ def test_int8_digits_are_small_and_as_good(source, tmp_path, path):
 
 @onnx
 @pytest.mark.slow
+def test_a_gpt_in_int8_is_small_and_as_good(tmp_path):
+    """The job's own size, after it has read a little: what int8 weighs, and what it costs."""
+    write_text(str(tmp_path))
+    task = TextTask(str(tmp_path))
+    train_set, held_out = (open_dataset(part) for part in (task.datasets().train, task.datasets().evaluation))
+    torch.manual_seed(0)
+    model = task.model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(120):
+        optimizer.zero_grad()
+        rows = train_set.take(np.arange(16 * step, 16 * step + 16))
+        task.loss(model, {name: torch.as_tensor(column) for name, column in rows.items()}).backward()
+        optimizer.step()
+    model.eval()
+    batches = [train_set.take(np.arange(64 * n, 64 * n + 64))["text"] for n in range(4)]
+    inputs = [(torch.as_tensor(rows)[:, :-1].long(),) for rows in batches]
+    whole = to_onnx(model, inputs, tmp_path / "fp32.onnx")
+    small = to_onnx_int8(tmp_path / "fp32.onnx", inputs, tmp_path / "int8.onnx")
+    before, after = (evaluate_model(task, each, held_out, batch=64) for each in (whole, small))
+    assert before["accuracy"] > 0.2
+    assert after["accuracy"] >= before["accuracy"] - 0.005
+    assert (tmp_path / "int8.onnx").stat().st_size <= 0.30 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+@onnx
+@pytest.mark.slow
 def test_int8_needs_samples(small, tmp_path):
     model, inputs = small
     to_onnx(model, inputs, tmp_path / "m.onnx")
@@ -154,6 +181,20 @@ def test_a_model_that_cannot_be_captured_says_why(tmp_path):
     with pytest.raises(ExportError, match=r"Branching cannot be exported: .*data-dependent"):
         to_torch(Branching(), [(torch.ones(2, 3),)], tmp_path / "m.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+class Unknown(nn.Module):
+    """Uses what ONNX has no operator for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@onnx
+@pytest.mark.slow
+def test_an_operator_that_onnx_has_not_is_named(tmp_path):
+    with pytest.raises(ExportError, match=r"Unknown cannot be written as ONNX: .*bessel_j0"):
+        to_onnx(Unknown(), [(torch.ones(2, 3),)], tmp_path / "m.onnx")
 
 
 def test_a_failing_path_does_not_end_the_others(tmp_path):

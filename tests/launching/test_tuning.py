@@ -6,15 +6,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import TIMEOUT_S, environment
 
 from orchestrator.config import ScaleConfig
 from orchestrator.errors import ClusterError
-from orchestrator.launching.tuning import Trial, Tuned, _together
+from orchestrator.job import load
+from orchestrator.launching import tuning
+from orchestrator.launching.tuning import Trial, Tuned, TuneRequest, _together
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.scheduling.search_space import Range, parse_search
+from orchestrator.storage.folder import write_json
 
 MLP = "jobs.vision:mlp"
 RATE = "optimizer.learning_rate=loguniform(1e-5,1e-1)"
@@ -51,10 +57,57 @@ def test_the_line_to_set_is_the_best_trials() -> None:
     assert Tuned(Path(), "loss", False, trials, 2).set_line == "--set recipe.batch=3 --set seed=1"
 
 
+def request(trials: int = 4, **fields: Any) -> TuneRequest:
+    return TuneRequest(job=MLP, search=(RATE, "seed=randint(1,5)"), trials=trials, **fields)
+
+
+def ranges_of(made: TuneRequest) -> tuple[Range, ...]:
+    return parse_search(made.search, load(MLP).config)
+
+
+def test_settings_are_drawn_once_and_written_down(tmp_path: Path) -> None:
+    made = request()
+    names = tuning._first_round(made, ranges_of(made), tmp_path, 2)
+    assert names == [f"trial-{n:03d}" for n in range(4)]
+    settings = [json.loads((tmp_path / "settings" / f"{name}.json").read_text()) for name in names]
+    rates = {float(each["recipe.optimizer.learning_rate"]) for each in settings}
+    assert len(rates) == 4
+    assert all(1e-5 <= rate <= 1e-1 for rate in rates)
+    assert tuning._first_round(made, ranges_of(made), tmp_path, 2) == names
+    assert [json.loads((tmp_path / "settings" / f"{name}.json").read_text()) for name in names] == settings
+
+
+def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed: pip install 'orchestrator[search]'")
+    made = request(optuna=True)
+    space = {"settings": {found.field: tuning._domain(found) for found in ranges_of(made)}}
+    (tmp_path / "settings").mkdir()
+    for number, loss in enumerate((2.0, 0.5, None)):
+        name = f"trial-{number}"
+        settings = {"recipe.optimizer.learning_rate": f"{10.0**-number:.6g}", "seed": "3"}  # the first lies outside
+        write_json(tmp_path / "settings" / f"{name}.json", settings)
+        if loss is not None:
+            root = tmp_path / "runs" / name
+            root.mkdir(parents=True)
+            (root / "evaluations.jsonl").write_text(json.dumps({"progress": 1, "metrics": {"loss": loss}}) + "\n")
+    drawn = []
+    for _ in range(2):
+        search = tuning._optuna(made, ranges_of(made), tmp_path)
+        search.set_search_properties("value", "min", space)
+        assert sorted(trial.value for trial in search._ot_study.trials) == [0.5, 2.0]
+        drawn.append([search.suggest(str(number))["settings"] for number in range(3)])
+    assert drawn[0] == drawn[1]
+    for settings in drawn[0]:
+        assert 1e-5 <= settings["recipe.optimizer.learning_rate"] <= 1e-1
+        assert settings["seed"] in range(1, 6)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_search_finds_a_rate_that_works_and_goes_on_where_it_was(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "orchestrator", "tune", MLP, "--search", RATE, "--trials", "3", "--json"]
+    if find_spec("optuna") is not None:  # its rounds are those of drawn settings, and one more before them
+        words.append("--optuna")
     words += ["--metric", "accuracy", "--arg", "workers=1", "--arg", "epochs=3", "--set", "policy.name=fixed"]
     words += ["--set", "evaluation.every_epochs=1"]
 
@@ -81,6 +134,10 @@ def test_a_search_finds_a_rate_that_works_and_goes_on_where_it_was(tmp_path: Pat
     assert (
         found["set"]
         == f"--set recipe.optimizer.learning_rate={trials[0]['settings']['recipe.optimizer.learning_rate']}"
+    )
+    assert (
+        f"accuracy by {RATE.partition('=')[0]}".replace("optimizer", "recipe.optimizer")
+        in Path(str(found["report"])).read_text()
     )
     again = tune()
     assert again["trials"] == trials  # nothing was left to do, and nothing was done twice

@@ -46,6 +46,13 @@ def test_accelerators_are_taken_where_there_are_any(asked: int | str, shape: Clu
     assert shape.accelerators_per_worker(ScaleConfig(accelerators_per_worker=asked)) == each
 
 
+def test_tpus_are_refused_and_never_replaced_by_cpus_in_silence() -> None:
+    pod = ClusterShape(nodes=4, cpus=400, accelerator="TPU-V5P", tpus=16)
+    with pytest.raises(ClusterError, match=r"are 16 TPUs, and DeepSpeed.* or scale.accelerators_per_worker=0"):
+        pod.workers(ScaleConfig(workers=4))
+    assert pod.workers(ScaleConfig(workers=4, accelerators_per_worker=0)) == 4
+
+
 def test_tenths_of_a_cpu_fill_it() -> None:
     """Though 4.1 / 0.1 is a little less than 41."""
     assert ClusterShape(nodes=1, cpus=4.1).workers(ScaleConfig(workers=(1, 99), cpus_per_worker=0.1)) == 41

@@ -28,6 +28,7 @@ from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.probe import Probe, Trial
 
 CPUS = ClusterShape(nodes=1, cpus=8)
 A100S = ClusterShape(nodes=1, cpus=64, accelerators=8, accelerator="A100")
@@ -129,11 +130,21 @@ def test_a_plan_as_it_is_written_down() -> None:
         "length": 640.0,
         "evaluate_every": 500.0,
         "stop": {"steps": 10, "metric": "accuracy", "at_least": 0.9},
+        "computing": {
+            "compile": True,
+            "tf32": True,
+            "fused_optimizer": True,
+            "channels_last": False,
+            "attention": "auto",
+        },
         "reasons": (
             "global batch 128: as set",
             "learning rate tuned at batch 64: carried over by rule 'auto'",
             "policy goodput: the batch grows while that shortens the time to the end",
             "precision bf16: what A100 is fast at",
+            "compiled: kernels between two matrix products become one; the first steps of a shape take a minute",
+            "TF32: for the products that bf16 leaves in fp32",
+            "fused optimizer: a few kernels update all weights",
         ),
     }
     assert json.loads(json.dumps(written, allow_nan=False))["reasons"] == list(written["reasons"])
@@ -390,3 +401,13 @@ def test_preconditioned_noise_needs_adam_and_its_state() -> None:
             layout={"zero_stage": 0, "precision": "bf16"},
         )
     plan(policy=policy, recipe={"optimizer": AdamW(learning_rate=0.1)})
+
+
+def test_a_probe_bounds_the_micro_batch_also_where_nothing_could_be_traced() -> None:
+    made = plan(evaluation_samples=0)
+    place = (made.layout.workers, made.nodes, made.precision, made.zero_stage, made.offload)
+    refused = made.layout.micro_batch // 2
+    probe = Probe("cpu", *place, made.activation_checkpointing, (Trial(refused, None),))
+    again = make_plan(config(), CPUS, train_samples=1000, evaluation_samples=0, probe=probe)
+    assert again.layout.global_batch == made.layout.global_batch
+    assert again.layout.micro_batch < refused

@@ -122,6 +122,15 @@ def test_a_store_that_does_not_answer_costs_retries_and_then_an_error(s3: Weed) 
     assert found.retries >= 3, "botocore's own, and ours"
 
 
+def test_markers_of_folders_are_no_objects(s3: Weed) -> None:
+    store = open_store(place())
+    prefix = store.uri.removeprefix(f"s3://{BUCKET}/")
+    for key in (f"{prefix}/", f"{prefix}/logs/", f"{prefix}/logs/file"):
+        s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"")
+    assert [entry.key for entry in store.list()] == ["logs/file"]
+    assert list(store.list(deep=False)) == []
+
+
 # -- checksums ---------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from orchestrator.telemetry.observing import (
     RunFacts,
     RunObserver,
     observe_account,
+    observe_blocked,
     observe_checkpoint_failure,
     observe_memory,
     observe_parts,
@@ -114,7 +115,8 @@ def test_events() -> None:
     meter, observer = Meter(), RunObserver(FACTS)
     observer.decision(meter, {"kind": "grow", "then": {"goodput": 70.0}})
     observer.evaluation(meter, {"duration_s": 0.5, "metrics": {"accuracy": 0.9, "loss": None}})
-    observer.checkpoint(meter, duration_s=3.0, blocked_s=1.0, size_bytes=7)
+    observe_blocked(meter, 1.0)
+    observer.checkpoint(meter, duration_s=3.0, size_bytes=7)
     observe_checkpoint_failure(meter, of_storage=True)
     observe_memory(meter, used=1, reserved=2, peak=3, limit=4)
     counted, found = counters(meter), gauges(meter)

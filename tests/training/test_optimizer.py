@@ -38,7 +38,7 @@ def recipe(optimizer: SGD | Adaptive | None = None, **penalties: Any) -> Recipe:
 
 def trained(model: Weights, ours: Recipe, steps: int, target: float | Tensor | None = 0.0) -> Weights:
     """After some steps of the quadratic loss, or of no loss at all where the target is None."""
-    optimizer = build_optimizer(model, ours, device="cpu")
+    optimizer = build_optimizer(model, ours, fused=False)
     add_penalties(optimizer)
     descend(model, optimizer, steps, target)
     return model
@@ -116,7 +116,7 @@ def test_under_a_constant_gradient_less_momentum_changes_no_step(nesterov: bool,
     """Sum and step have settled at 1 / (1 - momentum) times the gradient, and stay there when the batch changes."""
     wanted = recipe(SGD(learning_rate=RATE, momentum=0.9, nesterov=nesterov))
     weights = Weights(0.0)
-    optimizer = build_optimizer(weights, wanted, device="cpu")
+    optimizer = build_optimizer(weights, wanted, fused=False)
     add_penalties(optimizer)
 
     def moved() -> float:
@@ -139,7 +139,7 @@ def test_a_quarter_of_the_steps_at_four_times_the_batch_comes_as_far(nesterov: b
     for k in (1, 4):
         wanted = recipe(SGD(learning_rate=1e-3, momentum=0.9, nesterov=nesterov))
         weights = Weights(1.0)
-        optimizer = build_optimizer(weights, wanted, device="cpu")
+        optimizer = build_optimizer(weights, wanted, fused=False)
         add_penalties(optimizer)
         scaling = scale("auto", wanted.optimizer, 1e9, 64, 64 * k)
         rescale(optimizer, wanted, scaling, carry=True)
@@ -199,20 +199,20 @@ def test_norms_and_biases_are_exempt_unless_asked_for(penalty: str) -> None:
 
 
 def test_a_model_of_vectors_alone_has_one_group() -> None:
-    optimizer = build_optimizer(nn.LayerNorm(3), recipe(weight_decay=0.5), device="cpu")
+    optimizer = build_optimizer(nn.LayerNorm(3), recipe(weight_decay=0.5), fused=False)
     assert [group["decay"] for group in optimizer.param_groups] == [0.0]
 
 
 def test_frozen_parameters_are_left_out() -> None:
     model = Weights(1.0)
     model.matrix.requires_grad_(False)
-    optimizer = build_optimizer(model, recipe(exempt="none"), device="cpu")
+    optimizer = build_optimizer(model, recipe(exempt="none"), fused=False)
     assert [p for group in optimizer.param_groups for p in group["params"]] == [model.vector]
 
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     model = Weights(1.0)
-    optimizer = build_optimizer(model, recipe(weight_decay=0.5, exempt="none"), device="cpu")
+    optimizer = build_optimizer(model, recipe(weight_decay=0.5, exempt="none"), fused=False)
     add_penalties(optimizer)
     model.matrix.grad = torch.zeros_like(model.matrix)
     optimizer.step()
@@ -222,7 +222,7 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
 def test_penalties_wait_until_they_are_added() -> None:
     """DeepSpeed may take a step on zero gradients while it starts."""
     model = Weights(1.0)
-    optimizer = build_optimizer(model, recipe(weight_decay=0.5, l1=0.5, l2=0.5), device="cpu")
+    optimizer = build_optimizer(model, recipe(weight_decay=0.5, l1=0.5, l2=0.5), fused=False)
     descend(model, optimizer, 3, None)
     assert model.matrix.item() == 1.0
     add_penalties(optimizer)
@@ -232,7 +232,7 @@ def test_penalties_wait_until_they_are_added() -> None:
 
 def test_decay_follows_the_rate_of_the_step() -> None:
     model = Weights(1.0)
-    optimizer = build_optimizer(model, recipe(weight_decay=0.5), device="cpu")
+    optimizer = build_optimizer(model, recipe(weight_decay=0.5), fused=False)
     add_penalties(optimizer)
     for rate in (0.4, 0.2, 0.0):
         set_learning_rate(optimizer, rate)
