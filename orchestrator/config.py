@@ -573,8 +573,7 @@ class TelemetryConfig(Part):
     flops_per_sample: PositiveFloat | None = None
     """FLOPs of a sample's forward and backward pass, for model FLOP/s; none: what the planner traced."""
     peak_flops_per_s: PositiveFloat | None = None
-    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization; none: the planner's
-    table, and for a CPU nothing."""
+    """Peak FLOP/s of a worker's device, for the model FLOP/s utilization; none: the planner's table, not for CPUs."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that the records are also sent to."""
     profile: tuple[PositiveInt, PositiveInt] | None = None

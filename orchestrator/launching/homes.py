@@ -20,6 +20,7 @@ from orchestrator.storage.mirror import Replica
 from orchestrator.storage.s3 import endpoint_of
 from orchestrator.storage.store import is_s3
 from orchestrator.storage.stored_run import CHECKPOINTS, OUTCOME, STOP, StoredRun, working_folder
+from orchestrator.telemetry.trackers import MLFLOW_RUN
 from orchestrator.training.checkpoint import list_checkpoints
 
 __all__ = ["FolderHome", "Home", "StoredHome", "owned", "stored_uri"]
@@ -224,12 +225,14 @@ class StoredHome:
             self.folder.outcome.write_bytes(outcome)
 
     def leave_results(self) -> None:
-        """Write summary, report and this machine's logs to the store.
+        """Write summary, report, this machine's logs and what trackers keep here to the store.
 
         Raises:
             StorageError: see ``Store``.
         """
-        logs = [path.relative_to(self.folder.root).as_posix() for path in self.folder.logs.glob("*.log")]
+        root = self.folder.root
+        kept = (*self.folder.logs.glob("*.log"), *root.glob("tensorboard/*"), *root.glob(MLFLOW_RUN))
+        logs = [path.relative_to(root).as_posix() for path in kept]
         self._run.publish(self.folder.root, (*RESULTS, *logs))
 
     def close(self) -> None:

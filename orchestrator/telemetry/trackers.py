@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from orchestrator.errors import ConfigError
 
-__all__ = ["Tracker", "Tracking", "make_trackers", "require_trackers"]
+__all__ = ["MLFLOW_RUN", "Tracker", "Tracking", "make_trackers", "require_trackers"]
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 SCALARS = (
@@ -25,6 +25,8 @@ SCALARS = (
     "noise_scale",
 )  # fmt: skip
 FAREWELL_S = 30.0
+MLFLOW_RUN = "mlflow-run"
+"""Holds the run's id at MLflow, in the run's folder."""
 
 
 class Tracker(Protocol):
@@ -134,7 +136,7 @@ class _MLflow:
         import mlflow
 
         self._mlflow = mlflow
-        known = folder / "mlflow-run"
+        known = folder / MLFLOW_RUN
         self._id = known.read_text().strip() if known.exists() else None
         self._run = mlflow.start_run(run_id=self._id, run_name=run)
         if self._id is None:

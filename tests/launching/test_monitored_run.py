@@ -143,7 +143,8 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
         worker_killed_at = time.time()
         process_named(process, "RayTrainWorker").send_signal(signal.SIGKILL)
         until(lambda: len(found.started) > 1, process)
-        until(lambda: since(found, 'orchestrator_rank_step_seconds{rank="1"}', found.started[1]) > 4, process)
+        for told in ("orchestrator_run_step", 'orchestrator_rank_step_seconds{rank="1"}'):
+            until(lambda: since(found, told, found.started[1]) > 6, process)  # noqa: B023 - called at once
         # Recorded every 15 s: the last rule to have something is a rate over the second attempt too.
         until(lambda: all(found.scraped(name) for name in RECORDED), process)
         stopped_at = time.time()

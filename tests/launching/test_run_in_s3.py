@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,18 +66,34 @@ def saving(cache: Path, step: int) -> Callable[[], bool]:
     )
 
 
+def retries_told(targets: Path) -> float:
+    """Requests to storage that were tried again, as the hub whose address lies in ``targets`` tells them."""
+    for path in targets.glob("hub-*.json"):
+        (address,) = json.loads(path.read_text())[0]["targets"]
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+            return sum(
+                float(line.split()[-1]) for line in lines if line.startswith("orchestrator_storage_retries_total{")
+            )
+    return 0.0
+
+
 def test_faults_for_a_whole_run_change_nothing(
-    undisturbed: Ended, server: Weed, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Ended, server: Weed, command: Start, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every fifth request is answered with 503, and of a hundred three are dropped."""
+    """Every fifth request is answered with 503, and of a hundred three are dropped; its metrics tell of it."""
     if reason := s3_server.no_haproxy():
         pytest.skip(reason)
     uri = f"s3://{BUCKET}/{secrets.token_hex(4)}"
     with s3_server.faulty(server.endpoint, tmp_path) as endpoint:
         options = ("--set", f"checkpoint.uri={uri}", "--set", "checkpoint.interval_steps=45")
-        done = run(DIGITS, *options, "--set", f"storage.endpoint_url={endpoint}")
-    assert done.code == 0, done.err
-    summary = done.summary
+        monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
+        seen = ("--profile", "3:4", "--set", "telemetry.trackers=tensorboard")
+        process = command(DIGITS, *options, *seen, "--set", f"storage.endpoint_url={endpoint}")
+        wait_until(lambda: retries_told(tmp_path / "targets") > 0, process)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    summary = json.loads(out)
     assert summary["folder"] == f"{uri}/digits"
     assert summary["metrics"] == undisturbed.summary["metrics"]
     stored = StoredRun(f"{uri}/digits", StorageConfig())
@@ -86,6 +104,9 @@ def test_faults_for_a_whole_run_change_nothing(
     assert json.loads((copy / "summary.json").read_bytes()) == summary
     assert (copy / "report.html").read_text().count("<svg") >= 5
     assert {entry.key.split("/")[0] for entry in stored.store.list("logs/")} == {"logs"}
+    assert [entry.key for entry in stored.store.list("traces/")] == ["traces/steps-3-4-rank-0.json.gz"]
+    (events,) = stored.store.list("tensorboard/")
+    assert events.size_bytes > 1000
     assert not (tmp_path / "runs").exists(), "nothing lies where the command was given"
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "elsewhere"))
     assert replay_run(find_run(f"{uri}/digits"), "fixed", ())[0].steps == 270
