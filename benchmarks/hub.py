@@ -11,6 +11,7 @@ second meanwhile. Wanted: a scrape under 0.5 s and less than 500 MB.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -99,8 +100,9 @@ def _send(settings: HubSettings, workers: range, end: float, count: list[int]) -
     client = HubClient(settings)
     meters = {worker: Meter() for worker in workers}
     observers = {worker: RunObserver(RunFacts(64)) for worker in workers if worker < RUNS}
-    while time.monotonic() < end:
-        second = time.monotonic()
+    for second in itertools.count(time.monotonic()):  # who is late makes up for it: a second is a second
+        if time.monotonic() >= end:
+            return
         for index, (worker, meter) in enumerate(meters.items()):
             _work(meter, observers.get(worker))
             try:

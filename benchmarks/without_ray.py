@@ -1,7 +1,8 @@
 """Train jobs one after the other in this group of workers: the orchestrator's own loop, without a cluster around it.
 
 Started by torchrun, one process per worker; ``--runs`` is a JSON list of ``{"job", "args", "overrides"}``, trained in
-that order in one group, so that dozens of short runs need one start-up. Each run's folder is where its config says.
+that order in one group, so that dozens of short runs need one start-up. Each run's folder is where its config says;
+beside its records lies the processor time that each worker's process took for it, all its threads together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
     dist.broadcast_object_list(token, src=0)
     fence = Fence(folder.control, token[0])
     datasets = job.task.datasets()
-    train_set = open_dataset(datasets.train)
-    evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+    train_set = open_dataset(datasets.train, job.config)
+    evaluation_set = None if datasets.evaluation is None else open_dataset(datasets.evaluation, job.config)
     plan = make_plan(
         job.config,
         ClusterShape(nodes=1, cpus=workers),
@@ -85,24 +87,25 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
     policy = make_policy(job.config)
     memory = MemoryGauge(DEVICE, psutil.virtual_memory().total // workers)
     publisher = _publisher(job, rank, memory) if publishes else None
-    outcome = train(
-        Training(
-            config=job.config,
-            plan=plan,
-            task=job.task,
-            engine=Engine(job.task, job.config, plan, device=DEVICE),
-            train_set=train_set,
-            evaluation_set=evaluation_set,
-            checkpoints=Checkpoints(folder.checkpoints, fence, 1, {"workers": workers}),
-            recorder=Recorder(folder, fence, plan, rank=rank, attempt=1, publisher=publisher),
-            scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
-            tracer=Tracer(None, folder.root, rank=rank),
-            rank=rank,
-            stop_requested=lambda: False,
-        )
+    run = Training(
+        config=job.config,
+        plan=plan,
+        task=job.task,
+        engine=Engine(job.task, job.config, plan, device=DEVICE),
+        train_set=train_set,
+        evaluation_set=evaluation_set,
+        checkpoints=Checkpoints(folder.checkpoints, fence, 1, {"workers": workers}),
+        recorder=Recorder(folder, fence, plan, rank=rank, attempt=1, publisher=publisher),
+        scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
+        tracer=Tracer(None, folder.root, rank=rank),
+        rank=rank,
+        stop_requested=lambda: False,
     )
+    busy_s = time.process_time()
+    outcome = train(run)
     if publisher is not None:
         publisher.close()
+    (folder.root / f"processor-{rank}.txt").write_text(str(time.process_time() - busy_s))
     fence.release()
     if rank == 0:
         lock.release()

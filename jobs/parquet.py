@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 
 from orchestrator.errors import DataError
 
-__all__ = ["are_written", "write_whole"]
+__all__ = ["are_written", "place_of", "write_whole"]
+
+
+def place_of(data: str) -> tuple[str, bool]:
+    """Where a job's data lie, for workers that may run in another folder, and whether the job may write there.
+
+    An address such as ``s3://bucket/digits`` is left as it is: its files are there already.
+    """
+    return (data.rstrip("/"), False) if "://" in data else (str(Path(data).absolute()), True)
 
 
 def write_whole(table: pa.Table, path: Path, *, row_group_size: int) -> None:

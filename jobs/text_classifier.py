@@ -29,6 +29,7 @@ from orchestrator.config import (
     RunConfig,
     ScaleConfig,
     Stop,
+    TelemetryConfig,
 )
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.job import Datasets, Job, Parquet
@@ -85,6 +86,7 @@ def classify(
         layout=LayoutConfig(zero_stage=1),
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=max(0.5, epochs / 6)),
+        telemetry=TelemetryConfig(tokens_per_sample=context),
     )
     task = ClassifierTask(folder, Shape(width, layers))
     return Job(config, task, prepare=functools.partial(write_labelled_text, folder, source, context=context))

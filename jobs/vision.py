@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.parquet import write_whole
+from jobs.parquet import place_of, write_whole
 from orchestrator.config import (
     AdamW,
     Cosine,
@@ -46,13 +46,14 @@ def digits(data: str = "data/digits", workers: int = 2, epochs: float = 12.0, ba
     """Return the main job: a ResNet that recognises 98.5 % and more of the held-out digits.
 
     Args:
-        data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there.
+        data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there, or s3://BUCKET/PREFIX
+            where they are.
         workers: Data-parallel workers.
         epochs: Passes over the 1,437 training images.
         batch: Reference batch; the learning rate belongs to 64.
         width: Channels of the first stage; the others have twice and four times as many.
     """
-    folder = str(Path(data).absolute())  # workers may run in another folder
+    folder, ours = place_of(data)
     config = RunConfig(
         name="digits",
         recipe=Recipe(
@@ -66,7 +67,8 @@ def digits(data: str = "data/digits", workers: int = 2, epochs: float = 12.0, ba
         scale=ScaleConfig(workers=workers),
         evaluation=EvaluationConfig(every_epochs=2.0),
     )
-    return Job(config, DigitsTask(folder, width=width), prepare=functools.partial(write_digits, folder))
+    prepare = functools.partial(write_digits, folder) if ours else None
+    return Job(config, DigitsTask(folder, width=width), prepare=prepare)
 
 
 def mlp(data: str = "data/digits", workers: int = 2, epochs: float = 12.0, batch: int = 64, width: int = 64) -> Job:
@@ -75,7 +77,7 @@ def mlp(data: str = "data/digits", workers: int = 2, epochs: float = 12.0, batch
     Without batch norm, dropout and augmentation, every layout of the same global batch computes the same step.
     """
     parent = digits(data, workers, epochs, batch)
-    task = MlpTask(str(Path(data).absolute()), width=width, augment=False)
+    task = MlpTask(place_of(data)[0], width=width, augment=False)
     return dataclasses.replace(parent, config=parent.config.model_copy(update={"name": "digits-mlp"}), task=task)
 
 
@@ -87,7 +89,7 @@ class DigitsTask:
     """Recognise handwritten digits: ``image`` [samples, 64] of 0..16, row by row, and ``label`` [samples]."""
 
     data: str
-    """Absolute path of the folder that ``write_digits`` wrote."""
+    """Absolute path of the folder that ``write_digits`` wrote, or s3://BUCKET/PREFIX."""
     width: int = 32
     """Channels of the first stage."""
     augment: bool = True
@@ -97,8 +99,7 @@ class DigitsTask:
 
     def datasets(self) -> Datasets:
         """Return the two Parquet files."""
-        folder = Path(self.data)
-        return Datasets(train=Parquet(str(folder / "train.parquet")), evaluation=Parquet(str(folder / "test.parquet")))
+        return Datasets(train=Parquet(f"{self.data}/train.parquet"), evaluation=Parquet(f"{self.data}/test.parquet"))
 
     def model(self) -> nn.Module:
         """Return a new ResNet."""

@@ -475,7 +475,7 @@ class CheckpointConfig(Part):
     """Where a run's folder is, and how often its state is saved."""
 
     uri: str = "runs"
-    """Folder that holds the folders of runs; a relative one starts at the working directory."""
+    """What holds the runs: a folder, relative ones from the working directory, or s3://BUCKET/PREFIX."""
     interval_s: PositiveFloat | Auto = 60.0
     """Seconds between checkpoints; auto: what loses the least, by the cost of a save and the failures so far."""
     interval_steps: PositiveInt | None = None
@@ -538,11 +538,19 @@ class FailureConfig(Part):
     """What a run does about trouble."""
 
     max_restarts: NonNegativeInt = 3
-    """How often lost workers are replaced before the run fails."""
+    """How often lost workers are replaced, without progress in between, before the run fails."""
+    max_preemptions: NonNegativeInt = 100
+    """The same for workers whose nodes were taken away after notice."""
+    hang_factor: PositiveFloat = 50.0
+    """A step that takes so many times as long as usual hangs: its stacks are written down, and the run starts again."""
+    hang_least_s: PositiveFloat = 600.0
+    """Seconds that a step may take in any case."""
     skip_nonfinite_steps: NonNegativeInt = 0
     """Optimizer steps in a row that may be skipped because of a NaN or infinite gradient; 0 stops the run."""
     on_corrupt_row_group: Literal["stop", "skip"] = "stop"
     """A row group that cannot be read: stop the run, or count it and use the next readable one's samples instead."""
+    storage_budget_s: PositiveFloat = 900.0
+    """Seconds for which checkpoints may fail to reach S3, while training goes on, before the run stops."""
     stop_grace_s: PositiveFloat = 60.0
     """Seconds that workers get to finish the step and save after a signal."""
 
@@ -563,13 +571,19 @@ class TelemetryConfig(Part):
     tokens_per_sample: PositiveFloat | None = None
     """Tokens in a sample, to count them."""
     flops_per_sample: PositiveFloat | None = None
-    """FLOPs of a sample's forward and backward pass, for model FLOP/s."""
+    """FLOPs of a sample's forward and backward pass, for model FLOP/s; none: what the planner traced."""
     peak_flops_per_s: PositiveFloat | None = None
-    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization."""
+    """Peak FLOP/s of a worker's device in the run's precision, for the model FLOP/s utilization; none: the planner's
+    table, and for a CPU nothing."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that the records are also sent to."""
     profile: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step of which rank 0 leaves a torch profiler trace in the run's folder."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_is_enough(cls, trackers: object) -> object:
+        return (trackers,) if isinstance(trackers, str) else trackers
 
     @field_validator("profile")
     @classmethod

@@ -18,6 +18,7 @@ OrchestratorError                 exit code 1 unless said otherwise
     ├── NonFiniteLossError        loss or gradient became NaN or infinite
     ├── FencedError               a newer attempt owns the run's folder
     ├── UserCodeError             the job's own code raised
+    ├── StorageLostError          a store failed for longer than the run may wait for it
     ├── WorkerLostError           workers died more often than the budget allows
     └── ClusterLostError          the cluster a run was followed on is gone
 """
@@ -46,6 +47,7 @@ __all__ = [
     "RunError",
     "RunFolderError",
     "StorageError",
+    "StorageLostError",
     "StorageUnavailableError",
     "UserCodeError",
     "WorkerLostError",
@@ -128,6 +130,10 @@ class FencedError(RunError):
 
 class UserCodeError(RunError):
     """The job's own code raised; the message carries rank, step and the user's frame."""
+
+
+class StorageLostError(RunError):
+    """A store failed for longer than ``failures.storage_budget_s``."""
 
 
 class WorkerLostError(RunError):

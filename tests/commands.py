@@ -1,14 +1,21 @@
-"""The real command line in a process of its own, and how it ended."""
+"""The real command line, in a process of its own or in this one, and how it ended."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
+DIGITS = "jobs.vision:digits"
 FIXED = ("--set", "policy.name=fixed")
 TIMEOUT_S = 240
 
@@ -29,3 +36,41 @@ class Ended:
 def environment(runs: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_AUTH_MODE"}
     return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'launching'}", "HOME": str(runs)}
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> Ended:
+    """Give a command from the repository: all of it but the start of Python and its imports."""
+    from orchestrator import cli
+
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["orchestrator", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return Ended(int(ended.value.code or 0), out, err)
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def losses(folder: Path) -> list[float]:
+    found = records(folder)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1)), "each step once, in order"
+    return [record["loss"] for record in found]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(record["step"] >= step for record in records(folder)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray names its processes after what they run."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "RayTrainWorker" in " ".join(child.cmdline())]

@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from orchestrator.config import SGD, Fixed, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import Dataset, Datasets, Task
+from orchestrator.launching.places import Stored, StoredPlace
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.memory import BUCKET_ELEMENTS
@@ -34,6 +36,7 @@ from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.hub import Board
+from orchestrator.telemetry.meter import Snapshot
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.training.checkpoint import Checkpoints
@@ -561,8 +564,16 @@ class SlowCheckpoints(Checkpoints):
         return super().save(engine, state)
 
 
-def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> tuple[dict[str, float], float]:
-    """Train, published to a board; returns this rank's seconds by part, and its wall time."""
+class Observed(NamedTuple):
+    """What one rank's telemetry said of the loop: its seconds by part, its wall time, and its last snapshot."""
+
+    parts: dict[str, float]
+    wall_s: float
+    snapshot: Snapshot
+
+
+def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> Observed:
+    """Train, published to a board."""
     board = Board(ttl_s=60.0)
     run = _training(config, task, RunFolder(root), driver, None)
     publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=0.05)
@@ -583,8 +594,10 @@ def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> tup
         took = time.perf_counter() - started
         publisher.close()
         run.checkpoints.fence.release()
-    last = next(iter(board._held.values())).counted.counters
-    return {labels[0]: s for (name, labels), s in last.items() if name == "orchestrator_rank_seconds_total"}, took
+    last = next(iter(board._held.values())).snapshot
+    seconds = last.own.counters.items()
+    parts = {labels[0]: s for (name, labels), s in seconds if name == "orchestrator_rank_seconds_total"}
+    return Observed(parts, took, last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -600,13 +613,51 @@ class _Taking:
         return self.task.take(positions)
 
 
+def stored_loop(
+    config: RunConfig, task: Task, stored: Stored, variables: Mapping[str, str], stop_in: int | None = None
+) -> Ended:
+    """``train`` as a worker runs it beside a store; ``variables`` of the environment say how that is reached."""
+    os.environ.update(variables)
+    place = StoredPlace(stored, dist.get_rank())
+    try:
+        attempt: list[Any] = [place.begin() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(attempt, src=0)
+        guard = place.guard(attempt[0].token)
+        recorder = Recorder(
+            place.folder, guard, plan_for(config, task), rank=dist.get_rank(), attempt=attempt[0].number
+        )
+        checkpoints = place.checkpoints(config, _layout_key(plan_for(config, task)), recorder)
+        run = _training_of(config, task, place.folder, checkpoints, recorder, stop_in)
+        outcome = train(run)
+        recorder.end(outcome.state, outcome.reason)
+        place.end({"last": outcome.state.to_dict()} if dist.get_rank() == 0 else None)
+    except OrchestratorError as error:
+        return Ended(error=type(error).__name__, message=str(error))
+    finally:
+        place.leave()
+    weights, buffers = weights_of(run.engine), local_buffers(run.engine.module)
+    return Ended(outcome.reason, outcome.stopped, outcome.state, weights, buffers)
+
+
 def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, stop_in: int | None) -> Training:
     token = [Fence.begin(folder.control, driver=driver, patience_s=5.0) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(token, src=0)
     assert token[0] is not None
     fence = Fence(folder.control, token[0])
     plan = plan_for(config, task)
-    layout_key = {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+    checkpoints = Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan))
+    recorder = Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1)
+    return _training_of(config, task, folder, checkpoints, recorder, stop_in)
+
+
+def _layout_key(plan: Plan) -> dict[str, Any]:
+    return {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
+
+
+def _training_of(
+    config: RunConfig, task: Task, folder: RunFolder, checkpoints: Any, recorder: Recorder, stop_in: int | None
+) -> Training:
+    plan = plan_for(config, task)
     train_set, evaluation_set = data_of(task)
     calls = itertools.count(1)
     return Training(
@@ -616,8 +667,8 @@ def _training(config: RunConfig, task: Task, folder: RunFolder, driver: str, sto
         engine=make_engine(config, task),
         train_set=train_set,
         evaluation_set=evaluation_set,
-        checkpoints=Checkpoints(folder.checkpoints, fence, config.checkpoint.keep, layout_key),
-        recorder=Recorder(folder, fence, plan, rank=dist.get_rank(), attempt=1),
+        checkpoints=checkpoints,
+        recorder=recorder,
         scheduler=Scheduler(
             policy=make_policy(config),
             config=config,

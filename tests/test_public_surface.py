@@ -85,7 +85,7 @@ OPTIONS = {
     "logs": ["--address", "--follow", "--json", "run"],
     "metrics": ["--json", "--markdown"],
     "monitor down": ["--folder", "--json"],
-    "monitor up": ["--folder", "--json", "--port"],
+    "monitor up": ["--folder", "--hub", "--interval", "--json", "--port"],
     "plan": [
         "--accelerator",
         "--address",

@@ -55,12 +55,18 @@ MonitorFolder = Annotated[
 def up(
     folder: MonitorFolder = None,
     port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65_535)] = 9090,
+    hub: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="Also the hub of a cluster elsewhere; may be given many times."),
+    ] = None,
+    interval: Annotated[int, typer.Option(metavar="SECONDS", min=1, help="Between two scrapes.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Start Prometheus with our rules, on loopback; it finds the hubs of this machine by itself."""
     from orchestrator.launching import monitor
 
-    found = monitor.up((folder or monitor.monitor_folder()).absolute(), port=port)
+    place = (folder or monitor.monitor_folder()).absolute()
+    found = monitor.up(place, port=port, hubs=tuple(hub or ()), interval_s=interval)
     if as_json:
         print(json.dumps(vars(found)))
         return

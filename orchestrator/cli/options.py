@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="What to run, as module:function.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below runs.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, its name below runs, or s3://BUCKET/PREFIX/NAME.")
+]
 Args = Annotated[
     list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="A parameter of the job's function.")
 ]
@@ -25,7 +27,9 @@ JobServerAddress = Annotated[
         help="The head's dashboard, http://HEAD:8265; otherwise RAY_API_SERVER_ADDRESS, or this machine.",
     ),
 ]
-SubmittedArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the id of a submission.")]
+SubmittedArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name, for its last attempt, or the id of a submission.")
+]
 Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL", help="A store compatible with S3; otherwise AWS_ENDPOINT_URL, or AWS."),

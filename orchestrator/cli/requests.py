@@ -6,12 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
     from orchestrator.launching.preflight import RunRequest
     from orchestrator.planning.plan import Plan
     from orchestrator.telemetry.progress import Display
@@ -29,11 +29,14 @@ class Watcher:
         self.decision: Callable[[Mapping[str, Any]], None] = display.decision
         self.note: Callable[[str], None] = display.note
 
-    def planned(self, plan: Plan, folder: Path) -> None:
+    def planned(self, plan: Plan, folder: str) -> None:
         from orchestrator.telemetry.planned import plan_lines
 
         self._display.restart()
         self.note("\n".join([*plan_lines(plan), f"  {'folder':<8} {folder}", ""]))
+
+    def begins(self, config: RunConfig) -> None:
+        self._display.pace(config.telemetry.progress_interval_s)
 
 
 def run_request(

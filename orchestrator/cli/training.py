@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import typer
 
 from orchestrator.cli.options import Address, Args, JobArgument, Json, Overrides, RunArgument
 from orchestrator.cli.requests import Watcher, finish, open_display, run_request
+from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
     from orchestrator.launching.doctor.finding import Finding
@@ -46,13 +48,19 @@ def run(
     from orchestrator.launching import driver
 
     if profile is not None:
-        override = [*(override or []), f"telemetry.profile={profile.replace(':', ',')}"]
+        override = [*(override or []), _profiled(profile)]
     request = run_request(
         job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint, probe=probe
     )
     with open_display(as_json) as display:
         summary = driver.run(request, Watcher(display))
     finish(summary, as_json)
+
+
+def _profiled(steps: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", steps):
+        raise RequestError(f"--profile {steps}: write it as FIRST:LAST, steps counted from 1, as in 20:25")
+    return f"telemetry.profile={steps.replace(':', ',')}"
 
 
 @app.command()

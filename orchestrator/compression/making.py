@@ -59,7 +59,7 @@ def source_of(trained: Trained, name: str, *, calibrate: int = 256) -> Source:
     datasets = trained.task.datasets()
     if datasets.evaluation is None:
         raise DataError("the job has no evaluation data: without it nothing says what compression costs")
-    held_out, training = open_dataset(datasets.evaluation), open_dataset(datasets.train)
+    held_out, training = (open_dataset(each, trained.config) for each in (datasets.evaluation, datasets.train))
     model = plain(copy.deepcopy(trained.model))
     if isinstance(trained.task, QuantizationAware):
         model = without_fake_quantization(model)

@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.job import Task, load
 from orchestrator.storage.folder import RunFolder, find_run, read_json
+from orchestrator.storage.stored_run import fetch_checkpoint
 from orchestrator.training.checkpoint import list_checkpoints, verify
 
 __all__ = ["Trained", "load_trained", "read_weights"]
@@ -50,6 +51,7 @@ def load_trained(run: str) -> Trained:
     config, job = read_json(folder.config), read_json(folder.job)
     if config is None or job is None:
         raise RunFolderError(f"{folder.root}: config.json or job.json is missing: it was never started")
+    fetch_checkpoint(folder.root)
     existing = list_checkpoints(folder.checkpoints)
     if not existing:
         raise CheckpointError(f"{folder.root}: has no checkpoint yet; let it train, then ask again")

@@ -135,7 +135,7 @@ def _passes(config: RunConfig, task: Task) -> int:
         return max(1, stop.samples // batch // 2)
     if stop.epochs is None:
         raise ConfigError("the run's recipe has no length to prune over: give epochs, as in --arg epochs=4")
-    return max(1, math.floor(stop.epochs * len(open_dataset(task.datasets().train)) / batch / 2))
+    return max(1, math.floor(stop.epochs * len(open_dataset(task.datasets().train, config)) / batch / 2))
 
 
 def _percent(share: float) -> str:
@@ -252,7 +252,7 @@ def _prepared(small: Job, task: Distilled) -> None:
         small.prepare()
     teacher, student = load_trained(task.run), small.task.model().eval()
     data = small.task.datasets()
-    first = _First(open_dataset(data.evaluation or data.train))
+    first = _First(open_dataset(data.evaluation or data.train, small.config))
     try:
         inputs = model_inputs(small.task, student, first, batch=1)[0]
         with torch.no_grad():

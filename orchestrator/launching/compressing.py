@@ -17,6 +17,7 @@ from orchestrator.errors import ExportError, RunFolderError, did_you_mean, expla
 from orchestrator.launching.driver import Listener, run
 from orchestrator.launching.preflight import RunRequest
 from orchestrator.storage.folder import write_json, write_text
+from orchestrator.storage.store import is_s3
 
 __all__ = ["CompressRequest", "Compressed", "compress", "export"]
 
@@ -92,7 +93,8 @@ def export(name: str, paths: Sequence[str], out: Path | None, *, calibrate: int 
     _check_paths(paths)
     trained = load_trained(name)
     source = source_of(trained, trained.config.name, calibrate=calibrate)
-    folder = _made(out or trained.folder.root / "exported")
+    beside = Path("exported") / trained.config.name if is_s3(name) else trained.folder.root / "exported"
+    folder = _made(out or beside)
     return [make_one(source, path, folder) for path in paths]
 
 

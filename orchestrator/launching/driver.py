@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import OrchestratorError, WorkerLostError
+from orchestrator.errors import FencedError, OrchestratorError, StorageError, StorageLostError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.homes import Home, owned, stored_uri
 from orchestrator.launching.planner import make_job_plan, probed
 from orchestrator.launching.preflight import (
     RunRequest,
     check_same_run,
-    choose_checkpoint,
     finished_summary,
-    move_aside,
     prepare,
-    run_root,
     write_identity,
 )
 from orchestrator.launching.profiling import profile_job
@@ -34,13 +32,12 @@ from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan
-from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
-from orchestrator.telemetry.accounting import account
+from orchestrator.storage.stored_run import StoredRun
+from orchestrator.telemetry.accounting import account, time_by_part
 from orchestrator.telemetry.records import Follower, read
 from orchestrator.telemetry.report import load_run, render
 from orchestrator.telemetry.trackers import Tracking, make_trackers, require_trackers
-from orchestrator.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
     from orchestrator.launching.trainer import Fit
@@ -52,13 +49,14 @@ SAME_SIGNAL_S = 0.5
 
 
 class Listener(Protocol):
-    """Hears of a run as it goes. Five verbs: one for each thing a person watches."""
+    """Hears of a run as it goes. Six verbs: one for each thing a person watches, and how it is to be shown."""
 
-    def planned(self, plan: Plan, folder: Path) -> None: ...
+    def planned(self, plan: Plan, folder: str) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def begins(self, config: RunConfig) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,13 @@ class _Tracked:
     listener: Listener
     tracking: Tracking
 
-    def planned(self, plan: Plan, folder: Path) -> None:
+    def planned(self, plan: Plan, folder: str) -> None:
         self.listener.planned(plan, folder)
 
     def step(self, record: Mapping[str, Any]) -> None:
         self.listener.step(record)
         self.tracking.step(record)
+        self.tell()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self.listener.evaluation(record)
@@ -85,6 +84,14 @@ class _Tracked:
     def note(self, text: str) -> None:
         self.listener.note(text)
 
+    def begins(self, config: RunConfig) -> None:
+        self.listener.begins(config)
+
+    def tell(self) -> None:
+        """Pass on what went wrong with a tracker."""
+        for line in self.tracking.trouble():
+            self.listener.note(line)
+
 
 class _Followers(NamedTuple):
     """The run's growing tables."""
@@ -92,6 +99,12 @@ class _Followers(NamedTuple):
     metrics: Follower
     evaluations: Follower
     decisions: Follower
+    events: Follower
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> _Followers:
+        tables = (folder.metrics, folder.evaluations, folder.decisions, folder.events)
+        return cls(*map(Follower, tables))
 
 
 def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
@@ -106,8 +119,10 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
     """
     started = time.monotonic()
     job = load(request.job, request.args, request.overrides)
+    listener.begins(job.config)
     require_trackers(job.config.telemetry.trackers)
-    root = run_root(job.config)
+    if (uri := stored_uri(job.config)) is not None:
+        StoredRun.reached(uri, job.config.storage)  # before data are prepared, which may take long
     sizes = prepare(job)
     address = address_of(request.address)
     profiled = None
@@ -115,36 +130,28 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         shape = embedded_shape()
         profiled = profile_job(job, shape)
         make_job_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
-    if request.fresh and (aside := move_aside(root)) is not None:
-        listener.note(f"the earlier run was moved to {aside}")
-    folder = RunFolder(root)
-    folder.create()
-    lock = DriverLock(folder.control)
-    try:
-        check_same_run(request, job, folder)
-        if (done := finished_summary(request, folder)) is not None:
+    with owned(job.config, listener.note, fresh=request.fresh) as home:
+        check_same_run(request, job, home.folder)
+        if (done := finished_summary(request, home.folder)) is not None:
             listener.note(f"{job.config.name} is finished already; start it anew with --fresh")
             return done
-        for note in choose_checkpoint(request, folder):
+        for note in home.choose_checkpoint(request):
             listener.note(note)
-        return _launch(request, job, folder, lock.driver, sizes, profiled, listener, started)
-    finally:
-        lock.release()
+        return _launch(request, job, home, sizes, profiled, listener, started)
 
 
 def _launch(
     request: RunRequest,
     job: Job,
-    folder: RunFolder,
-    driver: str,
+    home: Home,
     sizes: tuple[int, int],
     profiled: tuple[Profile | None, str] | None,
     listener: Listener,
     started: float,
 ) -> dict[str, Any]:
-    folder.stop_request.unlink(missing_ok=True)
-    folder.outcome.unlink(missing_ok=True)
-    followers = _Followers(Follower(folder.metrics), Follower(folder.evaluations), Follower(folder.decisions))
+    folder = home.folder
+    folder.change.unlink(missing_ok=True)
+    followers = _Followers.of(folder)
     for follower in followers:
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
@@ -153,11 +160,21 @@ def _launch(
 
         plan = make_job_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
-        order = Order(job=job, root=folder.root, shape=cluster.shape, driver=driver, profile=profiled[0])
-        order, plan = probed(request, order, plan, sizes, profiled, listener.note)
+        order = Order(
+            job=job,
+            root=folder.root,
+            shape=cluster.shape,
+            driver=home.driver,
+            profile=profiled[0],
+            stored=home.stored,
+            drains=not cluster.embedded,
+        )
+        resumes = home.newest() is not None
+        order, plan = probed(request, order, plan, sizes, profiled, listener.note, resumes=resumes)
         write_json(folder.plan, plan.to_dict())
-        listener.planned(plan, folder.root)
-        _note_resume(folder, listener)
+        home.identify()
+        listener.planned(plan, home.address)
+        _note_resume(home, listener)
         listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
         tracking = Tracking(
             functools.partial(
@@ -168,59 +185,97 @@ def _launch(
                 config=job.config.model_dump(mode="json"),
             )
         )
-        listener = _Tracked(listener, tracking)
+        listener = tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        attempt = Fit(make_trainer(order, plan, job.config))
-        state = "failed"
+        state, outcome = "failed", None
         try:
-            outcome = _watch(attempt, folder, followers, listener, teller, job.config.failures.stop_grace_s)
+            while outcome is None:
+                attempt = Fit(make_trainer(order, plan, job.config))
+                outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
+                if outcome is None:
+                    order = _changed(order, folder, listener)
             state = outcome["state"]
-        except OrchestratorError:
-            _write_end(folder, job.config, {"state": "failed"}, started)
+        except OrchestratorError as error:
+            with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
+                if not isinstance(error, FencedError):
+                    _write_end(home, job.config, {"state": "failed"}, started)
             raise
         finally:
             teller.end(state)
             tracking.close(state)
-    return _write_end(folder, job.config, outcome, started)
+            tracked.tell()
+    return _write_end(home, job.config, outcome, started)
 
 
-def _note_resume(folder: RunFolder, listener: Listener) -> None:
-    existing = list_checkpoints(folder.checkpoints)
-    if existing:
-        listener.note(f"going on from checkpoint {existing[-1].name}")
-    elif folder.metrics.exists():
+def _note_resume(home: Home, listener: Listener) -> None:
+    if (newest := home.newest()) is not None:
+        listener.note(f"going on from checkpoint {newest.rpartition('/')[2]}")
+    elif home.folder.metrics.exists():
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
 
 
+def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:
+    """The order with what is to be different after a failure."""
+    change = read_json(folder.change) or {}
+    folder.change.unlink()
+    changed = dataclasses.replace(
+        order,
+        micro_batch_limit=change["micro_batch"] or order.micro_batch_limit,
+        avoid=(*order.avoid, *change["avoid"]),
+    )
+    limit = f"at most {changed.micro_batch_limit} samples in a micro batch" if change["micro_batch"] else ""
+    nodes = f"without node {', '.join(change['avoid'])}" if change["avoid"] else ""
+    listener.note(f"{change['reason']}: starting the workers anew, {limit or nodes}")
+    return changed
+
+
 def _watch(
-    attempt: Fit, folder: RunFolder, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
-) -> dict[str, Any]:
-    """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it."""
+    attempt: Fit, home: Home, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
+) -> dict[str, Any] | None:
+    """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it.
+
+    Returns what rank 0 says of the end, or None where the workers are to be started in another way.
+    """
+    folder = home.folder
     asked_at: float | None = None
     known = len(_started(folder)) + 1  # this one's own start is no news
     with _signals() as signals:
         while attempt.running:
+            home.check()
             _show(followers, listener)
+            for text in home.news():
+                listener.note(text)
             known = _note_restarts(folder, known, listener)
             teller.look()
             if (address := teller.address()) is not None:
                 listener.note(f"metrics at http://{address}/metrics")
             if signals and asked_at is None:
                 asked_at = time.monotonic()
-                folder.stop_request.touch()
+                home.ask_to_stop()
                 listener.note("stopping: the step is finished and saved; once more to stop at once")
             if asked_at is not None and (_asked_again(signals) or time.monotonic() - asked_at > grace_s):
                 raise WorkerLostError(
                     "stopped without saving; run the same command again to go on from the last checkpoint"
                 )
             time.sleep(POLL_S)
+    _fetch_end(home, failed=attempt.error is not None)
     _show(followers, listener)
     if attempt.error is not None:
-        raise _explain(attempt.error, folder)
+        if folder.change.exists() and asked_at is None:
+            return None
+        raise _explain(attempt.error, home)
     outcome = read_json(folder.outcome)
     if outcome is None:
-        raise WorkerLostError(f"the workers ended without an outcome in {folder.root}: is that folder shared by all?")
+        raise WorkerLostError(f"the workers ended without an outcome in {home.address}: is that folder shared by all?")
     return outcome
+
+
+def _fetch_end(home: Home, *, failed: bool) -> None:
+    try:
+        home.fetch_end()
+    except StorageError as error:
+        if not failed:  # what failed before is what its user should read
+            raise StorageLostError(f"the workers have ended, but what they say cannot be read: {error}") from None
 
 
 def _show(followers: _Followers, listener: Listener) -> None:
@@ -230,14 +285,23 @@ def _show(followers: _Followers, listener: Listener) -> None:
         listener.decision(record)
     for record in followers.evaluations.poll():
         listener.evaluation(record)
+    for record in followers.events.poll():
+        listener.note(record["text"])
 
 
 def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
     """Say so when Ray Train has replaced the workers; returns the attempts that are known now."""
     started = _started(folder)
     if len(started) > known:
-        listener.note(f"workers were lost and replaced; going on from step {started[-1]['step']}")
+        listener.note(_restarted(started[-1]))
     return max(known, len(started))
+
+
+def _restarted(record: Mapping[str, Any]) -> str:
+    cause, repeated = str(record.get("cause") or "").replace("_", " "), record.get("repeated_samples") or 0
+    told = [text for text in (cause, f"{repeated:,} samples are taken again" if repeated else "") if text]
+    line = f"workers were lost and replaced; going on from step {record['step']}"
+    return f"{line} ({'; '.join(told)})" if told else line
 
 
 def _started(folder: RunFolder) -> list[Mapping[str, Any]]:
@@ -268,15 +332,16 @@ def _asked_again(signals: list[float]) -> bool:
     return signals[-1] - signals[0] > SAME_SIGNAL_S
 
 
-def _explain(error: BaseException, folder: RunFolder) -> OrchestratorError:
+def _explain(error: BaseException, home: Home) -> OrchestratorError:
     """The error as the user should read it: the worker's own words first, Ray's only where there are none."""
-    causes = [failure for failure in read_failures(folder) if not failure.is_collateral]
+    causes = [failure for failure in read_failures(home.folder) if not failure.is_collateral]
     if causes:
         return to_error(causes[0])
-    restarts = "failures.max_restarts"
+    log = read(home.folder.failure_log)
+    reason = log[-1]["reason"] if log else "the workers were lost"
     return WorkerLostError(
-        f"workers were lost more often than {restarts} allows, the last time with: {_first_line(error)}\n"
-        f"run the same command again to go on from the last checkpoint; the logs are in {folder.logs}"
+        f"{reason}; the last time with: {_first_line(error)}\n"
+        f"run the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
     )
 
 
@@ -285,13 +350,24 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
+def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
     """Write ``summary.json`` and the report; a failed run has both too, from what it recorded."""
+    try:
+        summary = _summary(home, config, outcome, started)
+        write_json(home.folder.summary, summary)
+        write_text(home.folder.report, render(load_run(home.folder.root)))
+        home.leave_results()
+    except StorageError as error:
+        raise StorageLostError(f"the run has {outcome['state']}, but its summary cannot be written: {error}") from None
+    return summary
+
+
+def _summary(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
     last = outcome.get("last") or {}
-    existing = list_checkpoints(folder.checkpoints)
     train_time_s = last.get("train_time_s") or 0.0
-    found = account(read(folder.attempts), read(folder.metrics))
-    summary = {
+    steps = read(home.folder.metrics)
+    found = account(read(home.folder.attempts), steps)
+    return {
         "name": config.name,
         "state": outcome["state"],
         "reason": outcome.get("reason", ""),
@@ -304,11 +380,10 @@ def _write_end(folder: RunFolder, config: RunConfig, outcome: Mapping[str, Any],
         "wall_s": time.monotonic() - started,
         "goodput_ratio": found.goodput_ratio(found.last),
         "lost_s": dict(found.lost_s),
-        "checkpoint": str(existing[-1]) if existing else None,
-        "folder": str(folder.root),
-        "report": str(folder.report),
-        "logs": str(folder.logs),
+        "restarts": dict(found.restarts),
+        "parts_s": time_by_part(steps),
+        "checkpoint": home.newest(),
+        "folder": home.address,
+        "report": f"{home.address}/{home.folder.report.name}",
+        "logs": f"{home.address}/{home.folder.logs.name}",
     }
-    write_json(folder.summary, summary)
-    write_text(folder.report, render(load_run(folder.root)))
-    return summary

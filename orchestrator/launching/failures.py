@@ -13,12 +13,30 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator import errors
-from orchestrator.errors import OrchestratorError, RequestError, UserCodeError
+from orchestrator.errors import (
+    OrchestratorError,
+    RequestError,
+    StorageError,
+    StorageLostError,
+    UserCodeError,
+    WorkerLostError,
+)
 from orchestrator.storage.folder import RunFolder, write_json
 
-__all__ = ["Failure", "describe", "lost_mark", "read_failures", "restart_cause", "to_error", "write_failure"]
+__all__ = [
+    "Failure",
+    "WorkerFailedError",
+    "describe",
+    "hanging",
+    "lost_mark",
+    "read_failures",
+    "restart_cause",
+    "said_by",
+    "to_error",
+    "write_failure",
+]
 
-Kind = Literal["request", "run", "user", "memory", "peer"]
+Kind = Literal["request", "run", "user", "memory", "peer", "storage", "hang"]
 # A rank whose peer died fails in its next collective; the words are gloo's, NCCL's and torch's own.
 PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|peer|gloo|nccl|socket|broken pipe|timed? ?out|store", re.IGNORECASE
@@ -45,6 +63,17 @@ class Failure:
         return self.kind == "peer"
 
 
+class WorkerFailedError(Exception):
+    """What a worker raises to Ray: its last words travel with it, wherever the worker ran."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+    def __str__(self) -> str:
+        return f"rank {self.failure.rank}: {self.failure.error}: {self.failure.message}"
+
+
 def describe(error: BaseException, *, rank: int, step: int) -> Failure:
     """Classify ``error`` and find the user's own frame in its traceback."""
     return Failure(
@@ -56,6 +85,11 @@ def describe(error: BaseException, *, rank: int, step: int) -> Failure:
         frame=_user_frame(error),
         trace="".join(traceback.format_exception(error)),
     )
+
+
+def hanging(message: str, trace: str, *, rank: int, step: int) -> Failure:
+    """The last words of a worker that takes no step any more; ``trace`` says where its threads stand."""
+    return Failure(rank, step, "hang", "WorkerLostError", message, "", trace)
 
 
 def write_failure(folder: RunFolder, failure: Failure) -> None:
@@ -79,6 +113,18 @@ def restart_cause(folder: RunFolder, attempts: Sequence[Mapping[str, object]]) -
     return causes[0].kind if causes else "worker_lost"
 
 
+def said_by(exceptions: Mapping[int, BaseException]) -> list[Failure]:
+    """The last words in what Ray says of each rank; a rank that was lost has none."""
+    found = []
+    for error in exceptions.values():
+        seen: BaseException | None = error
+        while seen is not None and not isinstance(seen, WorkerFailedError):
+            seen = getattr(seen, "_base_exc", None) or seen.__cause__
+        if seen is not None:
+            found.append(seen.failure)
+    return found
+
+
 def lost_mark(folder: RunFolder) -> Path:
     """Exists from the loss of workers until others have taken their place."""
     return folder.control / "lost"
@@ -86,6 +132,10 @@ def lost_mark(folder: RunFolder) -> Path:
 
 def to_error(failure: Failure) -> OrchestratorError:
     """The exception that the command ends with: the worker's own where it is one of ours."""
+    if failure.kind == "storage":
+        return StorageLostError(failure.message)
+    if failure.kind == "hang":
+        return WorkerLostError(f"rank {failure.rank}, step {failure.step}: {failure.message}\n\n{failure.trace}")
     own = getattr(errors, failure.error, None)
     if failure.kind in ("request", "run") and isinstance(own, type) and issubclass(own, OrchestratorError):
         return own(failure.message)
@@ -100,6 +150,8 @@ def to_error(failure: Failure) -> OrchestratorError:
 
 
 def _kind(error: BaseException) -> Kind:
+    if isinstance(error, StorageError):
+        return "storage"
     if isinstance(error, RequestError):
         return "request"
     if isinstance(error, OrchestratorError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,23 @@ from orchestrator.storage.folder import write_text
 from orchestrator.telemetry.hub import Board, serve
 from orchestrator.telemetry.meter import Counted, Snapshot
 
-__all__ = ["HubActor", "HubClient", "HubSettings", "targets_folder"]
+__all__ = ["HubActor", "HubClient", "HubSettings", "forget_the_dead", "targets_folder", "write_target"]
 
 NAME, NAMESPACE = "hub-1", "orchestrator"  # the number changes with Snapshot, so that versions do not meet
 PORTS = 100
 ANSWER_S = 5.0
+ANYWHERE = ("0.0.0.0", "::")
+LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|\[::1\]|localhost")
 HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
 class HubSettings:
-    """Where the hub is served; the first run on a cluster decides it."""
+    """Where the hub is served; the first run on a cluster decides it.
+
+    Where the head's environment has ``ORCHESTRATOR_HUB_BIND`` or ``ORCHESTRATOR_TARGETS``, these stand over ``bind``
+    and ``targets``: who owns a cluster says once how its runs can be scraped.
+    """
 
     bind: str
     port: int
@@ -49,13 +57,15 @@ class HubActor:
     """What runs in the hub's process."""
 
     def __init__(self, settings: HubSettings) -> None:
+        bind = os.environ.get("ORCHESTRATOR_HUB_BIND") or settings.bind
         self._board = Board(ttl_s=settings.ttl_s)
-        self._port, self._stop = serve(self._board, bind=settings.bind, port=settings.port, ports=PORTS)
-        self._target = f"{_reachable(settings.bind)}:{self._port}"
-        self._file = Path(settings.targets) / f"hub-{self._port}.json"
+        self._port, self._stop = serve(self._board, bind=bind, port=settings.port, ports=PORTS)
+        self._target = f"{_reachable(bind)}:{self._port}"
+        folder = Path(os.environ.get("ORCHESTRATOR_TARGETS") or settings.targets)
+        self._file = folder / f"hub-{_cluster()}.json"
         with contextlib.suppress(OSError):  # who cannot be found this way still answers
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_text(self._file, json.dumps([{"targets": [self._target], "labels": {"job": "orchestrator"}}]) + "\n")
+            write_target(self._file, self._target)
+            forget_the_dead(folder)
 
     def take(self, snapshot: Snapshot) -> Counted:
         """See ``Board.take``."""
@@ -68,6 +78,21 @@ class HubActor:
     def leave(self) -> None:
         """The cluster ends with the run: take the address back."""
         self._file.unlink(missing_ok=True)
+
+
+def write_target(path: Path, *targets: str) -> None:
+    """Tell every Prometheus that watches the folder of ``path`` to scrape ``targets``, each ``HOST:PORT``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps([{"targets": targets, "labels": {"job": "orchestrator"}}]) + "\n")
+
+
+def forget_the_dead(folder: Path) -> None:
+    """Take back the addresses of hubs of this machine that died without a word: nothing listens there any more."""
+    for path in folder.glob("hub-*.json"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            targets = [target for group in json.loads(path.read_text()) for target in group["targets"]]
+            if targets and not any(map(_may_answer, targets)):
+                path.unlink()
 
 
 class HubClient:
@@ -122,9 +147,26 @@ def _actor(settings: HubSettings) -> Any:
     return ray.remote(HubActor).options(**options).remote(settings)
 
 
+def _cluster() -> str:
+    """Names this cluster on its head's machine: a hub that is started again takes the place of the one before."""
+    import ray
+
+    return re.sub(r"\W+", "-", str(ray.get_runtime_context().gcs_address))
+
+
+def _may_answer(target: str) -> bool:
+    """Whether something listens there, or it is on another machine, whose silence says nothing."""
+    host, _, port = target.rpartition(":")
+    if not LOOPBACK.fullmatch(host):
+        return True
+    with socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET) as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host.strip("[]"), int(port))) == 0
+
+
 def _reachable(bind: str) -> str:
     """The address under which others find what listens at ``bind``."""
-    if bind not in ("0.0.0.0", "::"):
+    if bind not in ANYWHERE:
         return f"[{bind}]" if ":" in bind else bind
     import ray
 

@@ -42,13 +42,16 @@ __all__ = [
     "command_of",
     "dashboard_address",
     "make_submission",
+    "named",
     "submit",
 ]
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S = 5.0
 AGENT_PATIENCE_S = 60.0
+NO_AGENT = "No available agent"  # in Ray's answer to a submission
 POLL_S = 0.5
+RECONNECT_S = 2.0  # each new connection leaves one behind in the head, until the run ends
 PATIENCE_S = 60.0  # a head that is restarted is back within this
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_S = 30.0
@@ -208,6 +211,16 @@ def choose(submission: Submission, attempts: Sequence[Attempt], *, fresh: bool =
     return Choice(name, number, None)
 
 
+def named(name: str, attempts: Sequence[Attempt]) -> Attempt | None:
+    """The last attempt of the run with this name; else the attempt with this id, the first one's being RUN.1 too.
+
+    The first attempt has the run's name for its id, and a run that was submitted again must not be taken for it.
+    """
+    of_the_run = [a for a in attempts if a.run == name]
+    with_the_id = [a for a in attempts if name in (a.submission_id, f"{a.run}.{a.attempt}")]
+    return max(of_the_run or with_the_id, key=lambda a: a.attempt, default=None)
+
+
 def submit(
     request: RunRequest, extras: Extras, server: JobServer, note: Callable[[str], None]
 ) -> tuple[Attempt, Plan | None]:
@@ -274,15 +287,23 @@ def dashboard_address(address: str | None) -> str:
 class JobServer:
     """The job server of a cluster; every failure is one of ours.
 
-    ``patience_s``: how many seconds the server may be gone while a run is followed.
+    ``patience_s``: how many seconds the server may be gone while a run is followed; ``agent_patience_s``: how long a
+    head that has just been started may take to be ready for jobs.
 
     Raises:
         ClusterError: nobody answers there, or the token is missing or wrong.
     """
 
-    def __init__(self, address: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        agent_patience_s: float = AGENT_PATIENCE_S,
+    ) -> None:
         self.address = dashboard_address(address)
         self._patience_s = patience_s
+        self._agent_patience_s = agent_patience_s
         self._require_reachable()
         if any(os.environ.get(name) for name in TOKEN_VARIABLES):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # without it Ray's client keeps the token to itself
@@ -342,15 +363,14 @@ class JobServer:
         return sorted(found, key=lambda attempt: attempt.started_s or 0.0)
 
     def attempt(self, name: str) -> Attempt:
-        """The job with this id, or the last attempt of the run with this name.
+        """The last attempt of the run with this name, or the one attempt with this id.
 
         Raises:
             RequestError: there is none; the message names those there are.
         """
         known = self.attempts()
-        for match in ([a for a in known if a.submission_id == name], [a for a in known if a.run == name]):
-            if match:
-                return max(match, key=lambda attempt: attempt.attempt)
+        if match := named(name, known):
+            return match
         hint = did_you_mean(name, {a.submission_id for a in known}) if known else "none was submitted"
         raise RequestError(f"no run {name!r} at {self.address}; {hint}")
 
@@ -358,26 +378,38 @@ class JobServer:
         """Send a run. Losing a race against the same submission is as good as winning it."""
         metadata = {RUN: submission.run, ATTEMPT: str(choice.attempt), REQUEST: submission.request}
         try:
-            with self._explained():
-                deadline = time.monotonic() + AGENT_PATIENCE_S
-                while True:
-                    try:
-                        self._client.submit_job(
-                            entrypoint=submission.command,
-                            submission_id=choice.submission_id,
-                            runtime_env={**submission.runtime_env, "working_dir": working_dir},
-                            metadata=metadata,
-                            entrypoint_num_cpus=submission.cpus,
-                        )
-                        break
-                    except RuntimeError as error:  # a head answers before its agent is there to start jobs
-                        if "No available agent" not in str(error) or time.monotonic() > deadline:
-                            raise
-                        time.sleep(POLL_S)
+            self._when_there_is_an_agent(
+                lambda: self._client.submit_job(
+                    entrypoint=submission.command,
+                    submission_id=choice.submission_id,
+                    runtime_env={**submission.runtime_env, "working_dir": working_dir},
+                    metadata=metadata,
+                    entrypoint_num_cpus=submission.cpus,
+                )
+            )
         except ClusterError:
             rival = next((a for a in self.attempts() if a.submission_id == choice.submission_id), None)
             if rival is None or rival.request != submission.request:
                 raise
+
+    def _when_there_is_an_agent(self, send: Callable[[], object]) -> None:
+        """Send; a head answers before the agent is there that starts its jobs, so that is waited for.
+
+        Raises:
+            ClusterError: there is none after ``agent_patience_s``.
+        """
+        deadline = time.monotonic() + self._agent_patience_s
+        while True:
+            try:
+                with self._explained():
+                    send()
+                return
+            except ClusterError as error:
+                if NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ClusterError(_no_agent_message(self.address)) from None
+            time.sleep(POLL_S)
 
     def logs(self, attempt: Attempt) -> str:
         """All that the run has printed so far."""
@@ -419,32 +451,34 @@ class JobServer:
                 if rest:
                     say(rest)
                 return attempt
-            time.sleep(POLL_S)
+            time.sleep(RECONNECT_S)
 
     async def _tail(self, attempt: Attempt, say: Callable[[str], None], shown: int) -> int:
         """Follow one connection; returns how many characters of the log are now shown."""
-        import aiohttp
-
         position = 0
         stream: AsyncIterator[str] = self._client.tail_job_logs(attempt.submission_id)
-        try:
-            while (text := await self._next(stream, attempt)) is not None:
-                new = text[max(0, shown - position) :]
-                position += len(text)
-                if new:
-                    say(new)
-        except (RuntimeError, aiohttp.ClientError, OSError):
-            pass  # the caller looks whether the run has ended, and connects again where not
+        while (text := await self._next(stream, attempt)) is not None:
+            new = text[max(0, shown - position) :]
+            position += len(text)
+            if new:
+                say(new)  # what it raises is the caller's, and no lost connection
         return max(shown, position)
 
     async def _next(self, stream: AsyncIterator[str], attempt: Attempt) -> str | None:
-        """The stream's next text, or None at its end; a host that is cut off says nothing, so it is asked too."""
+        """The stream's next text, or None at its end or where it breaks; the caller looks whether the run has ended.
+
+        A host that is cut off says nothing, so it is asked too.
+        """
+        import aiohttp
+
         waiting = asyncio.ensure_future(anext(stream, None))
         try:
             while not (await asyncio.wait({waiting}, timeout=CONNECT_S))[0]:
                 if (await asyncio.to_thread(self._look, attempt)).ended:
                     return None
             return waiting.result()
+        except (RuntimeError, aiohttp.ClientError, OSError):
+            return None
         finally:
             waiting.cancel()
 
@@ -486,6 +520,14 @@ def _token_message(address: str, said: str) -> str:
     if "401" in said or "required" in said.lower():
         return f"the Ray cluster at {address} wants a token: set RAY_AUTH_TOKEN to it"
     return f"the Ray cluster at {address} refuses the token in RAY_AUTH_TOKEN: ask its administrator for the right one"
+
+
+def _no_agent_message(address: str) -> str:
+    return (
+        f"the Ray head at {address} answers, but not its agent, which starts jobs. Most often another Ray on that "
+        "machine has the agent's port (52365 unless told otherwise); dashboard_agent.log of the head says so. End the "
+        "other Ray, or start this head with --dashboard-agent-listen-port=PORT"
+    )
 
 
 def _first_line(error: object) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from typing import Any
 import psutil
 
 from orchestrator.errors import ClusterError, RequestError
-from orchestrator.launching.hub import targets_folder
+from orchestrator.launching.hub import forget_the_dead, targets_folder, write_target
 from orchestrator.storage.folder import read_json, write_json, write_text
 from orchestrator.telemetry.dashboards import DASHBOARDS, render
-from orchestrator.telemetry.rules import prometheus_config, rules_file
+from orchestrator.telemetry.rules import SCRAPE_S, prometheus_config, rules_file
 
 __all__ = ["Monitor", "cluster_files", "down", "monitor_folder", "up", "write_cluster_files"]
 
 CONFIG, NOTE, LOG = "prometheus/prometheus.yml", "monitor.json", "prometheus.log"
+GIVEN = "given.json"
+"""Among the hubs' own files: the hubs of clusters elsewhere."""
+ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
 READY_S, STOP_S = 30.0, 10.0
 DISCOVERED = "/tmp/orchestrator/targets"
 """Where the committed configuration looks for hubs; ``monitor up`` puts this user's own folder instead."""
@@ -64,13 +69,21 @@ def monitor_folder() -> Path:
     return targets_folder().parent / "prometheus"
 
 
-def up(folder: Path, *, port: int) -> Monitor:
+def up(folder: Path, *, port: int, hubs: Sequence[str] = (), interval_s: int = SCRAPE_S) -> Monitor:
     """Start Prometheus on loopback, or return the one that runs already.
 
+    It finds the hubs of this machine by their files. ``hubs``, each ``HOST:PORT``, are those of clusters elsewhere; a
+    Prometheus that runs already takes them up too.
+
     Raises:
-        RequestError: it is not installed, or the port is taken.
+        RequestError: it is not installed, the port is taken, or a hub is no address.
         ClusterError: it does not become ready; the message has its last words.
     """
+    for hub in hubs:
+        if not ADDRESS.fullmatch(hub):
+            raise RequestError(f"--hub {hub}: write it as HOST:PORT, as in head.example:9400")
+    if hubs:
+        write_target(targets_folder() / GIVEN, *hubs)
     if (running := _running(folder)) is not None:
         return running
     program = shutil.which("prometheus")
@@ -82,10 +95,12 @@ def up(folder: Path, *, port: int) -> Monitor:
         )
     _require_free(port)
     targets = targets_folder()
-    for needed in (folder, targets):
-        needed.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    targets.mkdir(parents=True, exist_ok=True)
+    forget_the_dead(targets)
     write_cluster_files(folder)
-    write_text(folder / CONFIG, prometheus_config(targets=str(targets), rules="rules.yml"))
+    config = prometheus_config(targets=str(targets), rules="rules.yml", interval_s=interval_s)
+    write_text(folder / CONFIG, config)
     pid = _start(program, folder, port)
     found = Monitor(pid, psutil.Process(pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
     write_json(folder / NOTE, vars(found))
@@ -109,6 +124,7 @@ def down(folder: Path) -> Monitor:
     except psutil.TimeoutExpired:
         process.kill()
     (folder / NOTE).unlink(missing_ok=True)
+    (targets_folder() / GIVEN).unlink(missing_ok=True)
     return running
 
 

@@ -141,7 +141,7 @@ def _own(error: BaseException) -> OrchestratorError:
     """The task's own error, where it is one of ours."""
     seen: Any = error
     while seen is not None:
-        if isinstance(seen, OrchestratorError):
+        if isinstance(seen, OrchestratorError) and not hasattr(seen, "cause"):  # Ray's is of the task's type as well
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
     first = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

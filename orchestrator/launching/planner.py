@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from orchestrator.job import Job, arguments, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
+from orchestrator.launching.homes import stored_uri
 from orchestrator.launching.preflight import RunRequest, identity, prepare, run_root
 from orchestrator.launching.probe_cache import cache_key, cached, is_wanted, keep, stored_probe
 from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
@@ -20,7 +21,6 @@ from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.probe import Probe
 from orchestrator.storage.folder import RunFolder, write_json
-from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.computing import require_compiler
 from orchestrator.training.engine import require_precision
 
@@ -41,8 +41,8 @@ class Imagined(NamedTuple):
     network_gbit_per_s: float | None = None
 
 
-def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, Path]:
-    """The job, the plan that ``run`` would follow, and the run's folder, without starting anything.
+def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job, Plan, str]:
+    """The job, the plan that ``run`` would follow, and where the run's folder would be, without starting anything.
 
     With ``imagined`` the plan is for a cluster that does not exist: data need not be there, and nothing is written.
     """
@@ -54,9 +54,9 @@ def plan_job(request: RunRequest, imagined: Imagined | None = None) -> tuple[Job
     return job, dataclasses.replace(plan, costing=costing), root
 
 
-def _plan(request: RunRequest, imagined: Imagined | None) -> tuple[Job, Plan, Path]:
+def _plan(request: RunRequest, imagined: Imagined | None) -> tuple[Job, Plan, str]:
     job = load(request.job, request.args, request.overrides)
-    root = run_root(job.config)
+    root = stored_uri(job.config) or str(run_root(job.config))
     if imagined is not None and any(value is not None for value in imagined):
         return *_imagined_plan(job, imagined), root
     sizes = prepare(job)
@@ -68,7 +68,7 @@ def _plan(request: RunRequest, imagined: Imagined | None) -> tuple[Job, Plan, Pa
             shape = cluster.shape
     profiled = profile_job(job, shape)
     plan = make_job_plan(job, shape, sizes, profiled, refuse=False)
-    known = stored_probe(RunFolder(root)) or cached(cache_key(job, identity(request), shape, plan, profiled[0]))
+    known = stored_probe(RunFolder(Path(root))) or cached(cache_key(job, identity(request), shape, plan, profiled[0]))
     return job, plan if known is None else make_job_plan(job, shape, sizes, profiled, probe=known, refuse=False), root
 
 
@@ -148,8 +148,13 @@ def probed(
     sizes: tuple[int, int],
     profiled: tuple[Profile | None, str],
     note: Callable[[str], None],
+    *,
+    resumes: bool,
 ) -> tuple[Order, Plan]:
-    """Order and plan with what a probe says: this run's earlier one, one of the same elsewhere, or a new one."""
+    """Order and plan with what a probe says: this run's earlier one, one of the same elsewhere, or a new one.
+
+    A run that ``resumes`` is not probed anew: its plan is what it was.
+    """
     from orchestrator.launching.probing import probe
 
     folder, job = RunFolder(order.root), order.job
@@ -158,7 +163,7 @@ def probed(
         return order, plan
     key = cache_key(job, identity(request), order.shape, plan, profiled[0])
     found = stored_probe(folder) or cached(key)
-    if found is None and is_wanted(request.probe, job.config, plan) and not list_checkpoints(folder.checkpoints):
+    if found is None and is_wanted(request.probe, job.config, plan) and not resumes:
         for _ in range(MOST_PROBES):
             found = probe(order, plan, note)
             plan = make_job_plan(job, order.shape, sizes, profiled, probe=found)

@@ -59,7 +59,9 @@ def run_root(config: RunConfig) -> Path:
     """
     uri = config.checkpoint.uri
     if "://" in uri:
-        raise RunFolderError(f"checkpoint.uri={uri!r}: only folders of this machine or a shared filesystem can be used")
+        raise RunFolderError(
+            f"checkpoint.uri={uri!r}: runs live in folders or, but for searches, in s3://BUCKET/PREFIX"
+        )
     base = Path.cwd()
     if "_ray_pkg_" in str(base):
         base = Path.home() / "orchestrator"

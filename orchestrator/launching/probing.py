@@ -1,31 +1,33 @@
 """A probe before a run: a throw-away group of workers tries the real model at a few micro batches.
 
 A rank that runs out of memory leaves the others waiting in a collective, so such a group cannot be saved: its error
-ends it, Ray kills what is left, and a new one goes on below. What was found is kept for the next run of the same job
-on the same devices.
+ends it, Ray kills what is left, and a new one goes on below.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from orchestrator.config import Goodput, RunConfig
 from orchestrator.errors import WorkerLostError
-from orchestrator.launching.failures import describe, read_failures, to_error, write_failure
+from orchestrator.launching.failures import WorkerFailedError, describe, said_by, to_error
 from orchestrator.launching.trainer import Fit, make_probe_trainer
 from orchestrator.launching.worker import Order, device_of, memory_share, output_in
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.probe import ACCUMULATION, Probe, Trial, next_micro_batch
-from orchestrator.storage.folder import RunFolder, read_json, write_json
+from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry import human
 
-__all__ = ["ProbeOrder", "candidates", "probe", "work"]
+__all__ = ["Board", "ProbeOrder", "candidates", "probe", "work"]
 
 POLL_S = 0.25
-PACKAGES = ("torch", "deepspeed", "ray", "orchestrator")
 
 
 def candidates(plan: Plan, config: RunConfig) -> tuple[int, ...]:
@@ -54,27 +56,28 @@ def probe(order: Order, plan: Plan, note: Callable[[str], None]) -> Probe:
     Raises:
         RunError: the model's own code failed, or workers were lost.
     """
-    place = _Place(RunFolder(order.root).control / "probe")
     sizes = candidates(plan, order.job.config)
     note(f"probing {len(sizes)} micro batch{'es' if len(sizes) > 1 else ''} on {plan.layout.workers} worker(s) ...")
     ran: tuple[Trial, ...] = ()
     failed: tuple[Trial, ...] = ()
     while True:
-        place.begin(ran, failed)
-        fit = Fit(make_probe_trainer(ProbeOrder(order, plan, sizes), plan, order.job.config))
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        fit = Fit(make_probe_trainer(ProbeOrder(order, plan, sizes, (*ran, *failed), board)))
+        before = ran
         while fit.running:
-            ran = _tell(place.trials(), ran, note)
+            ran = _tell((*before, *ray.get(board.seen.remote()).trials), ran, note)
             time.sleep(POLL_S)
-        ran = _tell(place.trials(), ran, note)
+        seen: Seen = ray.get(board.seen.remote())
+        ran = _tell((*before, *seen.trials), ran, note)
         if fit.error is None:
             break
-        failed = (*failed, _failed(place, order, ran, fit.error))
+        failed = (*failed, _failed(seen, ran, fit.error))
         note(f"  micro batch {failed[-1].micro_batch}: out of memory")
         # What comes next depends on no capacity now: no group is started to hear that it is over.
         if next_micro_batch((*ran, *failed), sizes, planned=plan.layout.micro_batch, capacity_bytes=0.0) is None:
             break
     return Probe(
-        device=place.device(),
+        device=seen.device,
         workers=plan.layout.workers,
         nodes=plan.nodes,
         precision=plan.precision,
@@ -94,15 +97,52 @@ def _tell(trials: tuple[Trial, ...], told: tuple[Trial, ...], note: Callable[[st
     return trials
 
 
-def _failed(place: _Place, order: Order, ran: tuple[Trial, ...], error: BaseException) -> Trial:
+def _failed(seen: Seen, ran: tuple[Trial, ...], error: BaseException) -> Trial:
     """The trial that a group ended in, if memory was the cause; everything else is raised."""
-    causes = [failure for failure in read_failures(RunFolder(order.root)) if not failure.is_collateral]
-    tried = place.trying()
+    said = said_by(getattr(error, "worker_failures", {}))
+    causes = [failure for failure in said if not failure.is_collateral]
     if causes and causes[0].kind != "memory":
         raise to_error(causes[0])
-    if tried is None or not (causes or ran):  # nothing has ever run: this is no question of size
+    if seen.trying is None or not (causes or ran):  # nothing has ever run: this is no question of size
         raise WorkerLostError(f"the probe's workers were lost: {str(error).splitlines()[0] if str(error) else error!r}")
-    return Trial(tried, None)
+    return Trial(seen.trying, None)
+
+
+# -- how driver and workers find each other ----------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What rank 0 has said so far."""
+
+    device: str = ""
+    trying: int | None = None
+    """The micro batch that was begun last."""
+    trials: list[Trial] = field(default_factory=list)
+    """Those that ran, in this group."""
+
+
+class Board:
+    """An actor that outlives the group: what rank 0 wrote on it is there when the group is not."""
+
+    def __init__(self) -> None:
+        self._seen = Seen()
+
+    def seen(self) -> Seen:
+        """All of it."""
+        return self._seen
+
+    def begins(self, device: str) -> None:
+        """The group is up, on such devices."""
+        self._seen.device = device
+
+    def tries(self, micro_batch: int) -> None:
+        """A trial begins."""
+        self._seen.trying = micro_batch
+
+    def ran(self, trial: Trial) -> None:
+        """It has ended well."""
+        self._seen.trials.append(trial)
 
 
 # -- inside a worker ---------------------------------------------------------------------------
@@ -115,6 +155,9 @@ class ProbeOrder:
     order: Order
     plan: Plan
     candidates: tuple[int, ...]
+    known: tuple[Trial, ...]
+    board: Any
+    """Handle of the ``Board``."""
 
 
 def work(order: dict[str, ProbeOrder]) -> None:
@@ -122,18 +165,17 @@ def work(order: dict[str, ProbeOrder]) -> None:
     import ray.train
 
     probing = order["order"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    folder = RunFolder(probing.order.root)
-    with output_in(folder.logs / f"probe-{rank}.log"):
+    rank = ray.train.get_context().get_world_rank()
+    logs = RunFolder(probing.order.root).logs
+    folder = logs if logs.is_dir() else Path(tempfile.mkdtemp(prefix="orchestrator-probe-"))  # on another machine
+    with output_in(folder / f"probe-{rank}.log"):
         try:
-            _run(probing, folder, rank)
+            _run(probing, rank)
         except BaseException as error:
-            write_failure(folder, describe(error, rank=rank, step=0))
-            raise
+            raise WorkerFailedError(describe(error, rank=rank, step=0)) from error
 
 
-def _run(probing: ProbeOrder, folder: RunFolder, rank: int) -> None:
+def _run(probing: ProbeOrder, rank: int) -> None:
     import torch
 
     from orchestrator.training.data import open_dataset
@@ -141,66 +183,20 @@ def _run(probing: ProbeOrder, folder: RunFolder, rank: int) -> None:
     from orchestrator.training.memory import MemoryGauge
     from orchestrator.training.probing import Probing, run_trials
 
-    job, plan = probing.order.job, probing.plan
-    place = _Place(folder.control / "probe")
+    job, plan, board = probing.order.job, probing.plan, probing.board
     device = device_of(plan)
     if rank == 0:
-        place.note_device(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-    memory = MemoryGauge(device, memory_share(device, plan))
+        ray.get(board.begins.remote(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"))
     run_trials(
         Probing(
             engine=Engine(job.task, job.config, plan, device=device),
             train_set=open_dataset(job.task.datasets().train, job.config),
-            memory=memory,
+            memory=MemoryGauge(device, memory_share(device, plan)),
             rank=rank,
-            workers=plan.layout.workers,
             planned=plan.layout.micro_batch,
             candidates=probing.candidates,
-            begun=place.note_trying,
-            ended=place.note_trial,
+            begun=lambda size: ray.get(board.tries.remote(size)),
+            ended=lambda trial: ray.get(board.ran.remote(trial)),
         ),
-        place.known(),
+        probing.known,
     )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """How a probe's driver and workers find each other: files in the run's folder, written by one at a time."""
-
-    folder: Path
-
-    def begin(self, ran: tuple[Trial, ...], failed: tuple[Trial, ...]) -> None:
-        """For a new group, which goes on from these."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in [self.folder / "trying.json", *(self.folder.parent / "failures").glob("rank-*.json")]:
-            stale.unlink(missing_ok=True)
-        write_json(self.folder / "failed.json", {"trials": [asdict(trial) for trial in failed]})
-        write_json(self.folder / "trials.json", {"trials": [asdict(trial) for trial in ran]})
-
-    def known(self) -> list[Trial]:
-        return [*self.trials(), *_trials(self.folder / "failed.json")]
-
-    def trials(self) -> tuple[Trial, ...]:
-        """Those that ran."""
-        return tuple(_trials(self.folder / "trials.json"))
-
-    def note_trial(self, trial: Trial) -> None:
-        trials = [*self.trials(), trial]
-        write_json(self.folder / "trials.json", {"trials": [asdict(each) for each in trials]})
-
-    def trying(self) -> int | None:
-        found = read_json(self.folder / "trying.json")
-        return None if found is None else int(found["micro_batch"])
-
-    def note_trying(self, micro_batch: int) -> None:
-        write_json(self.folder / "trying.json", {"micro_batch": micro_batch})
-
-    def device(self) -> str:
-        return str((read_json(self.folder / "device.json") or {}).get("device", ""))
-
-    def note_device(self, device: str) -> None:
-        write_json(self.folder / "device.json", {"device": device})
-
-
-def _trials(path: Path) -> list[Trial]:
-    return [Trial(**trial) for trial in (read_json(path) or {"trials": []})["trials"]]

@@ -35,7 +35,7 @@ def sample_of(job: Job) -> Mapping[str, Any]:
     own = getattr(job.task, "sample", None)
     if callable(own):
         return own()  # type: ignore[no-any-return]
-    return open_dataset(job.task.datasets().train).take(np.zeros(1, dtype=np.int64))
+    return open_dataset(job.task.datasets().train, job.config).take(np.zeros(1, dtype=np.int64))
 
 
 def data_sizes(job: Job, sample: Mapping[str, Any]) -> Sizes:
@@ -44,8 +44,8 @@ def data_sizes(job: Job, sample: Mapping[str, Any]) -> Sizes:
 
     try:
         datasets = job.task.datasets()
-        train = open_dataset(datasets.train)
-        evaluation = None if datasets.evaluation is None else open_dataset(datasets.evaluation)
+        train = open_dataset(datasets.train, job.config)
+        evaluation = None if datasets.evaluation is None else open_dataset(datasets.evaluation, job.config)
         first = train.take(np.zeros(1, dtype=np.int64)) if len(train) else {}
     except (DataError, OSError):
         return Sizes(0, 0)

@@ -53,7 +53,7 @@ def make_rayjob(
     environment: dict[str, Any] = {"env_vars": extras.variables(), "pip": extras.requirements()}
     environment["working_dir"] = extras.working_dir if "://" in extras.working_dir else ""
     given = {key: value for key, value in environment.items() if value}
-    body["metadata"]["name"] = (name if name[0].isalpha() else f"run-{name}")[:NAME_LENGTH]
+    body["metadata"]["name"] = (name if name[0].isalpha() else f"run-{name}")[:NAME_LENGTH].rstrip("-")
     body["spec"]["entrypoint"] = command_of(request, overrides=defaults)
     body["spec"].update({"runtimeEnvYAML": yaml.safe_dump(given)} if given else {})
     return dict(body)

@@ -115,7 +115,7 @@ def _kind_of(source: str, files: Iterable[Path]) -> Kind:
     found = Counter(SUFFIXES[path.suffix.lower()] for path in files if path.suffix.lower() in SUFFIXES)
     if len(found) == 1:
         return next(iter(found))
-    what = " and ".join(f"{count} {kind}" for kind, count in found.most_common()) or "no file of a known kind"
+    what = " and ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "no file of a known kind"
     raise DataError(f"{source}: holds {what}: say which to pack with --as, one of {', '.join(KINDS)}")
 
 

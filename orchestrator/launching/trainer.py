@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import RunConfig
-from orchestrator.launching.failures import lost_mark, read_failures
+from orchestrator.errors import StorageError
+from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
+from orchestrator.launching.recovery import Cause, Trouble, answer
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
-from orchestrator.storage.folder import RunFolder
+from orchestrator.storage.filesystem import storage_filesystem
+from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.telemetry.records import JsonLines, read
+from orchestrator.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
     from orchestrator.launching.probing import ProbeOrder
 
-__all__ = ["Fit", "StopOnError", "make_probe_trainer", "make_trainer"]
+__all__ = ["Fit", "Recovery", "make_probe_trainer", "make_trainer", "spare_nodes"]
 
 
 def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
@@ -28,51 +37,55 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
     return _trainer(
         work,
         order,
+        order,
         plan,
-        config,
         workers=config.scale.workers,  # a range is elastic
-        root=order.root,
         name="ray",
-        restarts=config.failures.max_restarts,
-        callbacks=[StopOnError(order.root)],
+        # How often is decided by ``recovery.answer``; Ray only does as it is told.
+        budgets={"max_failures": -1, "max_preemption_failures": config.failures.max_preemptions},
+        callbacks=[Recovery(order, plan, config)],
     )
 
 
-def make_probe_trainer(order: ProbeOrder, plan: Plan, config: RunConfig) -> TorchTrainer:
+def make_probe_trainer(probe: ProbeOrder) -> TorchTrainer:
     """A ``TorchTrainer`` that probes on the planned workers, and is not started again when they end."""
     from orchestrator.launching.probing import work as work_probe  # which imports this module
 
-    root = order.order.root
+    workers = probe.plan.layout.workers
     return _trainer(
-        work_probe, order, plan, config, workers=plan.layout.workers, root=root, name="probe", restarts=0, callbacks=[]
+        work_probe, probe, probe.order, probe.plan, workers=workers, name="probe", budgets={"max_failures": 0}
     )
 
 
 def _trainer(
     function: Callable[[dict[str, Any]], None],
-    order: Any,
+    given: Any,
+    order: Order,
     plan: Plan,
-    config: RunConfig,
     *,
-    workers: Any,  # ScalingConfig's annotation knows no ranges
-    root: Path,
+    workers: Any,  # the annotations of Ray's configs lag behind what they take
     name: str,
-    restarts: int,
-    callbacks: list[Any],
+    budgets: dict[str, Any],
+    callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
     on_gpu = plan.device == "cuda"
-    resources = {"CPU": config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    resources = {"CPU": order.job.config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
     return TorchTrainer(
         function,
-        train_loop_config={"order": order},
+        train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            **_elsewhere(order),
+        ),
         run_config=RayRunConfig(
             # Ray keeps its own records here. It is given no checkpoints, so nothing in them decides what exists.
             name=name,
-            storage_path=str(RunFolder(root).logs),
-            failure_config=FailureConfig(max_failures=restarts),
-            callbacks=callbacks,
+            **_rays_own(order),
+            failure_config=FailureConfig(**budgets),
+            callbacks=list(callbacks),
         ),
     )
 
@@ -98,15 +111,118 @@ class Fit:
             self.error = error
 
 
-class StopOnError(UserCallback):
-    """Ends a run at once where a retry would meet the same error; lost workers are left to Ray's restarts."""
+def _elsewhere(order: Order) -> dict[str, Any]:
+    """Where not to place workers."""
+    return {"label_selector": {"ray.io/node-id": f"!in({','.join(order.avoid)})"}} if order.avoid else {}
 
-    def __init__(self, root: Path) -> None:
-        self._folder = RunFolder(root)
+
+def _rays_own(order: Order) -> dict[str, Any]:
+    """Where Ray keeps its own records: a place that every machine of the cluster sees."""
+    if order.stored is None:
+        return {"storage_path": str(RunFolder(order.root).logs)}
+    filesystem, path = storage_filesystem(f"{order.stored.uri}/logs", order.stored.storage)
+    return {"storage_filesystem": filesystem, "storage_path": path}
+
+
+class Recovery(UserCallback):
+    """Asks the policy about each failure, writes the answer down, and ends the attempt or leaves the restart to Ray.
+
+    It lives in Ray Train's controller, on the driver's node, and so works in the driver's folder.
+    """
+
+    def __init__(self, order: Order, plan: Plan, config: RunConfig) -> None:
+        self._folder = RunFolder(order.root)
+        self._order = order
+        self._plan = plan
+        self._config = config
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Called in Ray Train's controller; raising there ends the run without a retry."""
-        causes = [failure for failure in read_failures(self._folder) if not failure.is_collateral]
-        if causes:
-            raise RuntimeError(f"rank {causes[0].rank}: {causes[0].error}: not retried")
-        lost_mark(self._folder).touch()
+        """Called by Ray Train; raising here ends ``fit`` without a retry."""
+        causes = [failure for failure in self._last_words(worker_exceptions) if not failure.is_collateral]
+        trouble = self._trouble(causes, worker_exceptions)
+        said = causes[0].message if causes else ""
+        known = [record for record in read(self._folder.failure_log) if record["driver"] == self._order.driver]
+        earlier = [Trouble(record["cause"], record["step"], record["node"]) for record in known]
+        found = answer(
+            [*earlier, trouble],
+            self._config.failures,
+            micro_batch=self._micro_batch(),
+            avoidable=spare_nodes(self._plan.layout.workers, self._config.scale.cpus_per_worker, self._order.avoid),
+        )
+        record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
+        with JsonLines(self._folder.failure_log) as log:
+            log.append({**record, "action": found.action, "reason": found.reason})
+        self._publish()
+        if found.action == "restart":
+            lost_mark(self._folder).touch()
+            return
+        if found.action == "change":
+            change = {"reason": found.reason, "micro_batch": found.micro_batch, "avoid": list(found.avoid)}
+            write_json(self._folder.change, change)
+        raise RuntimeError(found.reason)
+
+    def _last_words(self, worker_exceptions: dict[int, Exception]) -> list[Failure]:
+        """What the workers said: by Ray, and in the folder or the store those that could not go on to say it."""
+        if self._order.stored is not None:
+            for stale in self._folder.failures.glob("rank-*.json"):
+                stale.unlink()
+            with contextlib.suppress(StorageError):
+                self._order.stored.run(quick=True).failures(self._folder.failures)
+        for failure in said_by(worker_exceptions):
+            write_failure(self._folder, failure)
+        return read_failures(self._folder)
+
+    def _trouble(self, causes: Sequence[Failure], worker_exceptions: dict[int, Exception]) -> Trouble:
+        lost = {rank: died for rank, error in worker_exceptions.items() if (died := _death(error)) is not None}
+        if not causes and any(death.preempted for death in lost.values()):
+            cause: Cause = "preempted"
+        else:
+            cause = causes[0].kind if causes and causes[0].kind != "peer" else "worker_lost"
+        ranks = [causes[0].rank] if causes else list(lost)
+        nodes = self._nodes()
+        places = {nodes[rank] for rank in ranks if rank < len(nodes)}
+        return Trouble(cause, self._newest_step(), places.pop() if len(places) == 1 else None)
+
+    def _newest_step(self) -> int:
+        if self._order.stored is None:
+            names = [path.name for path in list_checkpoints(self._folder.checkpoints)]
+        else:
+            try:
+                names = self._order.stored.run(quick=True).checkpoints()
+            except StorageError:
+                return 0
+        return int(names[-1].split("-")[1]) if names else 0
+
+    def _nodes(self) -> Sequence[str]:
+        """The node of each rank, as the last attempt wrote it down."""
+        started = [record for record in read(self._folder.attempts) if record["event"] == "started"]
+        return started[-1].get("nodes", ()) if started else ()
+
+    def _micro_batch(self) -> int:
+        steps = read(self._folder.metrics)
+        used = int(steps[-1]["micro_batch"]) if steps else self._plan.layout.micro_batch
+        return min(used, self._order.micro_batch_limit or used)
+
+    def _publish(self) -> None:
+        if self._order.stored is not None:
+            with contextlib.suppress(StorageError):  # the next attempt asks why there is one, if it can
+                run = self._order.stored.run(quick=True)
+                run.publish_failures(self._folder.failures)
+                run.publish(self._folder.root, [self._folder.failure_log.name])
+
+
+def spare_nodes(workers: int, cpus_per_worker: float, avoided: Sequence[str] = ()) -> frozenset[str]:
+    """The nodes without any one of which the others still have the CPUs for all workers."""
+    cpus = {
+        node["NodeID"]: node["Resources"].get("CPU", 0.0)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in avoided
+    }
+    needed = workers * cpus_per_worker
+    return frozenset(node for node, own in cpus.items() if sum(cpus.values()) - own >= needed)
+
+
+def _death(error: Exception) -> RayActorError | None:
+    """Ray's own word on a worker that is gone, or None for one that raised."""
+    found = getattr(error, "health_check_failure", None) or error
+    return found if isinstance(found, RayActorError) else None

@@ -314,7 +314,7 @@ class _Pause:
         self.folder = folder
         self._share = share
 
-    def planned(self, plan: Plan, _: Path) -> None:
+    def planned(self, plan: Plan, _: str) -> None:
         self._length = float(plan.length or math.inf)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -324,6 +324,7 @@ class _Pause:
     def step(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def begins(self, config: RunConfig) -> None: ...
 
 
 def _text(value: Any) -> str:

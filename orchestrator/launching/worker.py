@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.errors import OrchestratorError
 from orchestrator.job import Job
-from orchestrator.launching.failures import describe, restart_cause, write_failure
+from orchestrator.launching.drains import DrainNotice
+from orchestrator.launching.failures import WorkerFailedError, describe, hanging, write_failure
 from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.limits import container_limits
+from orchestrator.launching.places import Attempt, Place, SharedPlace, Stored, StoredPlace
+from orchestrator.planning.accelerators import accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.probe import Probe
 from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.policy import make_policy
-from orchestrator.storage.fence import Fence
 from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.storage.tally import REQUESTS
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.observing import RunFacts, observe_place
+from orchestrator.telemetry.observing import RunFacts, observe_place, observe_requests
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
 
 __all__ = ["Order", "device_of", "memory_share", "output_in", "work"]
+
+HANG_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,14 @@ class Order:
     """The model as the driver traced it: from the same numbers every worker makes the same plan."""
     probe: Probe | None = None
     """What was measured of it."""
+    stored: Stored | None = None
+    """Where the run lies, if that is a store; ``root`` is then the driver's own folder."""
+    micro_batch_limit: int | None = None
+    """The largest micro batch, after a larger one ran out of memory."""
+    avoid: tuple[str, ...] = ()
+    """Ids of nodes on which no worker is to be placed."""
+    drains: bool = False
+    """Whether nodes may be taken away after notice: not those of an embedded cluster."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -55,20 +70,34 @@ def work(order: dict[str, Order]) -> None:
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    folder = RunFolder(order["order"].root)
-    with output_in(folder.logs / f"worker-{rank}.log"):
-        worker = _Worker(order["order"], folder, rank, world_size)
-        try:
-            worker.train()
-        except BaseException as error:
-            write_failure(folder, describe(error, rank=rank, step=worker.step + 1))
-            raise
+    try:
+        place = _place(order["order"], rank)
+    except OrchestratorError as error:
+        raise WorkerFailedError(describe(error, rank=rank, step=0)) from error
+    try:
+        with output_in(place.log):
+            worker = _Worker(order["order"], place, rank, world_size)
+            try:
+                worker.train()
+            except BaseException as error:
+                failure = describe(error, rank=rank, step=worker.step + 1)
+                write_failure(place.folder, failure)
+                raise WorkerFailedError(failure) from error
+    finally:
+        place.leave()
+
+
+def _place(order: Order, rank: int) -> Place:
+    if order.stored is not None:
+        return StoredPlace(order.stored, rank)
+    return SharedPlace(order.root, rank, order.driver)
 
 
 class _Worker:
-    def __init__(self, order: Order, folder: RunFolder, rank: int, world_size: int) -> None:
+    def __init__(self, order: Order, place: Place, rank: int, world_size: int) -> None:
         self._order = order
-        self._folder = folder
+        self._place = place
+        self._folder = place.folder
         self._rank = rank
         self._world_size = world_size
         self._recorder: Any = None
@@ -83,55 +112,47 @@ class _Worker:
         """Train to the end; rank 0 leaves the outcome in the run's folder."""
         from orchestrator.training.loop import train
 
-        fence, attempt, cause = self._fence()
-        run = self._training(fence, attempt, cause)
+        run = self._training(*self._begin())
         try:
             outcome = train(run)
         finally:
+            run.watchdog.close()
             if self._publisher is not None:
                 self._publisher.close()
-        if self._rank == 0:
-            run.recorder.end(outcome.state, outcome.reason)
-            state = "stopped" if outcome.stopped else "finished"
-            write_json(
-                self._folder.outcome, {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
-            )
-        fence.release()
+        run.recorder.end(outcome.state, outcome.reason)
+        state = "stopped" if outcome.stopped else "finished"
+        said = {"state": state, "reason": outcome.reason, "last": outcome.state.to_dict()}
+        self._place.end(said if self._rank == 0 else None)
 
-    def _fence(self) -> tuple[Fence, int, str]:
-        """Rank 0 ends every earlier attempt's right to write and numbers this one; all ranks join it."""
+    def _begin(self) -> tuple[Attempt, list[str]]:
+        """Rank 0 ends every earlier attempt's right to write and numbers this one; also the node of each rank."""
+        import ray
         import torch.distributed as dist
 
-        word: list[Any] = [None]
-        if self._rank == 0:
-            token = Fence.begin(self._folder.control, driver=self._order.driver)
-            attempts = read(self._folder.attempts)
-            started = sum(record["event"] == "started" for record in attempts)
-            cause = restart_cause(self._folder, attempts)
-            for stale in self._folder.failures.glob("rank-*.json"):
-                stale.unlink()
-            word = [(token, started + 1, cause)]
+        word: list[Any] = [self._place.begin() if self._rank == 0 else None]
         dist.broadcast_object_list(word, src=0)
-        token, attempt, cause = word[0]
-        return Fence(self._folder.control, token), attempt, cause
+        nodes: list[Any] = [None] * self._world_size
+        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+        return word[0], nodes
 
-    def _training(self, fence: Fence, attempt: int, cause: str) -> Any:
-        from orchestrator.training.checkpoint import Checkpoints
+    def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
         from orchestrator.training.engine import Engine
-        from orchestrator.training.loop import Training
+        from orchestrator.training.loop import NoNotice, Training
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
         from orchestrator.training.scheduler import Scheduler
         from orchestrator.training.tracing import Tracer
+        from orchestrator.training.watchdog import Watchdog
 
+        guard = self._place.guard(attempt.token)
         task = self._order.job.task
         datasets = task.datasets()
         train_set = open_dataset(datasets.train, self._order.job.config)
         evaluation_set = (
             None if datasets.evaluation is None else open_dataset(datasets.evaluation, self._order.job.config)
         )
-        config = _for_workers(self._order.job.config, self._world_size)
+        config = _for_workers(self._order.job.config, self._world_size, self._order.micro_batch_limit)
         evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
         plan = make_plan(
             config,
@@ -144,21 +165,24 @@ class _Worker:
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
         device = device_of(plan)
-        memory = MemoryGauge(device, memory_share(device, plan))
         probe = self._order.probe
         measured = probe if probe is not None and probe.matches(plan) else None
+        limits = [self._order.micro_batch_limit, measured.refused - 1 if measured and measured.refused else None]
+        memory = MemoryGauge(
+            device, memory_share(device, plan), limit=min((each for each in limits if each is not None), default=None)
+        )
         if measured is not None:
             memory.peaks.update(measured.peaks)
-            memory.refused = measured.refused
-        self._publisher = self._publish(config, attempt, str(device), memory.observe)
+        self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
-            fence,
+            guard,
             plan,
             rank=self._rank,
-            attempt=attempt,
-            cause=cause,
+            attempt=attempt.number,
+            cause=attempt.cause,
             facts=_facts(config, plan),
+            nodes=nodes,
             publisher=self._publisher,
         )
         return Training(
@@ -168,7 +192,7 @@ class _Worker:
             engine=Engine(task, config, plan, device=device),
             train_set=train_set,
             evaluation_set=evaluation_set,
-            checkpoints=Checkpoints(self._folder.checkpoints, fence, config.checkpoint.keep, _layout_key(plan)),
+            checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
             recorder=self._recorder,
             scheduler=Scheduler(
                 policy=make_policy(config),
@@ -179,10 +203,27 @@ class _Worker:
             ),
             tracer=Tracer(config.telemetry.profile if self._rank == 0 else None, self._folder.root / "traces", rank=0),
             rank=self._rank,
-            stop_requested=self._folder.stop_request.exists,
             times=StepTimes() if measured is None else measured.step_times(),
+            stop_requested=self._place.stop_requested,
+            watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
+            notice=DrainNotice() if self._order.drains else NoNotice(),
             **_past(self._folder),
         )
+
+    def _hangs(self, seen: str) -> None:
+        """In the watchdog's thread: leave word of where every thread stands, and end this process.
+
+        The other ranks' watchdogs wake at the same time; they get a moment to do the same.
+        """
+        from orchestrator.training.watchdog import stacks
+
+        found = self._folder.logs / f"stacks-{self._rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        failure = hanging(f"{seen}; see logs/{found.name}", stacks(), rank=self._rank, step=self.step + 1)
+        found.write_text(failure.trace)
+        write_failure(self._folder, failure)
+        self._place.tell(found)
+        time.sleep(HANG_GRACE_S)
+        os._exit(1)
 
     def _publish(
         self, config: RunConfig, attempt: int, device: str, sample: Callable[[Meter], None]
@@ -192,18 +233,32 @@ class _Worker:
             return None
         client = HubClient(HubSettings.of(config.telemetry))
         source = str(self._rank)
-        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=sample)
+        everything = functools.partial(_sample, sample)
+        publisher = Publisher(client, run=config.name, source=source, attempt=attempt, sample=everything)
         publisher.note(observe_place, socket.gethostname(), device)
         return publisher
 
 
+def _sample(memory: Callable[[Meter], None], meter: Meter) -> None:
+    """What is only read, once a second: memory, and the trouble that this process had with storage."""
+    memory(meter)
+    for operation, trouble in REQUESTS.troubles().items():
+        observe_requests(meter, operation, retries=trouble.retries, errors=trouble.errors)
+
+
 def _facts(config: RunConfig, plan: Plan) -> RunFacts:
-    telemetry = config.telemetry
+    """FLOPs as the config has them, or else as the planner traced them; the peak of a CPU is never guessed."""
+    telemetry, costing = config.telemetry, plan.costing
+    flops, peak = telemetry.flops_per_sample, telemetry.peak_flops_per_s
+    if costing is not None:
+        flops = flops or costing.flops_per_sample
+        accelerator = accelerator_named(costing.accelerator, config.planning.accelerator)
+        peak = peak or (None if accelerator.is_cpu else accelerator.flops(plan.precision) or None)
     return RunFacts(
         reference_batch=plan.reference_batch,
         tokens_per_sample=telemetry.tokens_per_sample or 0.0,
-        flops_per_sample=telemetry.flops_per_sample,
-        peak_flops_per_s=telemetry.peak_flops_per_s,
+        flops_per_sample=flops,
+        peak_flops_per_s=peak,
     )
 
 
@@ -214,9 +269,19 @@ def _past(folder: RunFolder) -> dict[str, Any]:
     return {"failures": max(0, failures), "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
 
 
-def _for_workers(config: RunConfig, workers: int) -> RunConfig:
-    """The config at the number of workers that Ray gave: an elastic range becomes a number."""
-    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers})})
+def _for_workers(config: RunConfig, workers: int, limit: int | None = None) -> RunConfig:
+    """The config at the number of workers that Ray gave: an elastic range becomes a number.
+
+    With a ``limit`` the micro batch is the largest within it that divides a worker's share of the global batch.
+    """
+    update: dict[str, Any] = {"scale": config.scale.model_copy(update={"workers": workers})}
+    if limit is not None:
+        batch = config.recipe.batch if config.layout.global_batch == "auto" else config.layout.global_batch
+        share = max(1, batch // workers)
+        micro_batch = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+        layout = {"global_batch": batch, "micro_batch": micro_batch, "accumulation": "auto"}
+        update["layout"] = config.layout.model_copy(update=layout)
+    return config.model_copy(update=update)
 
 
 def _layout_key(plan: Plan) -> dict[str, Any]:
@@ -232,7 +297,7 @@ def device_of(plan: Plan) -> Any:
     if device.type != plan.device:
         raise RuntimeError(f"planned for {plan.device}, but this worker's torch sees {device.type}: check its drivers")
     if device.type == "cuda":
-        torch.cuda.setdevice_of(device)
+        torch.cuda.set_device(device)
     return device
 
 

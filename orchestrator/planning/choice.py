@@ -246,7 +246,7 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
     """Single changes to what the config pins, or to the cluster, with which it would fit, the mildest first."""
     wider = [
         ("layout.micro_batch", replace(space, layouts=_layouts(share, "auto", "auto")), "micro_batch"),
-        ("layout.zero_stage", replace(space, zero_stages=(1, 2, 3)), "zero_stage"),
+        ("layout.zero_stage", replace(space, zero_stages=_stages(setting.config, setting.workers)), "zero_stage"),
         (
             "layout.activation_checkpointing",
             replace(space, checkpointings=_checkpointings(setting.profile)),

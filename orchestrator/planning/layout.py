@@ -63,7 +63,14 @@ def lay_out(global_batch: int, workers: int, *, micro_batch: Choice = "auto", ac
     return Layout(workers, share, 1)
 
 
-def refactor(before: Layout, workers: int, *, micro_batch: Choice = "auto", accumulation: Choice = "auto") -> Layout:
+def refactor(
+    before: Layout,
+    workers: int,
+    *,
+    micro_batch: Choice = "auto",
+    accumulation: Choice = "auto",
+    at_most: int | None = None,
+) -> Layout:
     """Lay ``before``'s global batch out over another number of workers.
 
     The micro batch is the largest that divides a worker's share and is no larger than the one that ran: it is known to
@@ -77,7 +84,8 @@ def refactor(before: Layout, workers: int, *, micro_batch: Choice = "auto", accu
         return Layout(workers, micro_batch, share // micro_batch)
     if accumulation != "auto":
         return Layout(workers, share // accumulation, accumulation)
-    largest = max(size for size in range(1, min(share, before.micro_batch) + 1) if share % size == 0)
+    limit = min(share, before.micro_batch, at_most or share)
+    largest = max(size for size in range(1, limit + 1) if share % size == 0)
     return Layout(workers, largest, share // largest)
 
 

@@ -159,10 +159,24 @@ def make_plan(
         )
     if setting is not None:
         plan = _costed(plan, setting, stage, refuse=refuse)
+    elif (
+        probe is not None and probe.matches(plan) and "auto" == config.layout.micro_batch == config.layout.accumulation
+    ):
+        plan = _within(plan, probe)
     plan = _computed(plan, config, shape, profile)
     _check_combination(config, on_gpu, plan.zero_stage, evaluation_samples, imagined=shape.imagined)
     _check_preconditioning(config, plan.zero_stage, plan.precision)
     return plan
+
+
+def _within(plan: Plan, probe: Probe) -> Plan:
+    """The plan with the largest micro batch below one that ran out of memory; without costs nothing else is known."""
+    share, refused = plan.layout.worker_batch, probe.refused
+    if refused is None or plan.layout.micro_batch < refused or refused == 1:
+        return plan
+    size = max(size for size in range(1, refused) if share % size == 0)
+    reason = f"micro batch {size}: the probe ran out of memory at {refused}"
+    return replace(plan, layout=Layout(plan.layout.workers, size, share // size), reasons=(*plan.reasons, reason))
 
 
 def _computed(plan: Plan, config: RunConfig, shape: ClusterShape, profile: Profile | None) -> Plan:

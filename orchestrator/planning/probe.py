@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -71,12 +71,12 @@ class Probe:
     nodes: int
     precision: str
     zero_stage: int
-    offload: str
+    offload: Literal["none", "optimizer", "all"]
     activation_checkpointing: bool
     trials: tuple[Trial, ...]
 
     @property
-    def combination(self) -> tuple[int, str, bool]:
+    def combination(self) -> tuple[int, Literal["none", "optimizer", "all"], bool]:
         """ZeRO stage, offload, activation checkpointing."""
         return self.zero_stage, self.offload, self.activation_checkpointing
 

@@ -22,7 +22,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
-__all__ = ["StepTimeModel", "StepTimes", "StepTiming", "fit_step_time"]
+__all__ = ["StepTimeModel", "StepTimes", "StepTiming", "fit_step_time", "step_parts"]
 
 Array = NDArray[np.float64]
 
@@ -102,6 +102,11 @@ class StepTimeModel:
                 seconds = np.where(here, seen.step_time_s, seconds)
         return float(seconds) if seconds.ndim == 0 else seconds
 
+    @property
+    def most_workers_timed(self) -> int | None:
+        """The largest number of workers it was fitted to; None where it was fitted to nothing."""
+        return round(float(np.exp(REACH * max(c[1] for c in self.centres)))) if self.centres else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
@@ -154,6 +159,38 @@ def fit_step_time(timings: Iterable[StepTiming]) -> StepTimeModel:
     )
 
 
+def step_parts(
+    models: Sequence[StepTimeModel], which: NDArray[np.intp], nodes: Array, workers: Array, micro_batch: Array
+) -> tuple[Array, Array]:
+    """T_acc and T_step with one micro batch, in s, of many models at once: two arrays [n].
+
+    A step of ``a`` micro batches takes ``(a - 1) T_acc + T_step``. What a model observed of single layouts (item 6) is
+    left out: it is in the timings that the model was fitted to.
+
+    Args:
+        models: The models.
+        which: Index [n] of the model that each row asks.
+        nodes: [n].
+        workers: [n].
+        micro_batch: Samples per worker, [n].
+    """
+    most = max((len(model.centres) for model in models), default=0)
+    # Absent timings are infinitely far away.
+    centres, weights = np.full((len(models), most, 3), np.inf), np.zeros((2, len(models), most))
+    for index, model in enumerate(models):
+        if count := len(model.centres):
+            centres[index, :count] = model.centres
+            weights[0, index, :count], weights[1, index, :count] = model.accumulation_weights, model.step_weights
+    parameters = np.array([model.parameters for model in models]).reshape(len(models), -1)
+    accumulated, step = _form(parameters[which].T, nodes, workers, micro_batch)
+    here = np.log(np.array([micro_batch, workers, nodes])) / REACH
+    residuals = np.zeros((2, len(which)))
+    for centre in range(most):  # one at a time: the rows are many
+        near = np.exp(-0.5 * sum((centres[which, centre, axis] - here[axis]) ** 2 for axis in range(3)))
+        residuals += near * weights[:, which, centre]
+    return accumulated * np.exp(residuals[0]), step * np.exp(residuals[1])
+
+
 def _fit_from(columns: Array, overlap: float, constant: float) -> Any:
     """Least squares from one start; ``constant`` is the share of T_acc that does not depend on the micro batch."""
     nodes, workers, sizes, accumulated, step = columns
@@ -176,12 +213,12 @@ def _fit_from(columns: Array, overlap: float, constant: float) -> Any:
 
 
 def _form(parameters: Array, nodes: ArrayLike, workers: ArrayLike, sizes: Array) -> tuple[Array, Array]:
-    """T_acc and T_step with one micro batch, of items 1 to 3 above."""
+    """T_acc and T_step with one micro batch, of items 1 to 3 above; parameters [9], or [9, n] with one model a row."""
     positive = np.exp(parameters[:8])
     accumulated = positive[0] + positive[1] * sizes
     count = np.asarray(workers, float)
-    terms = np.array([np.ones_like(count), 2.0 * (count - 1.0) / count, np.log2(count)])
-    inside, across = (np.tensordot(positive[i : i + 3], terms, axes=1) for i in (2, 5))
+    ring, tree = 2.0 * (count - 1.0) / count, np.log2(count)
+    inside, across = (positive[i] + positive[i + 1] * ring + positive[i + 2] * tree for i in (2, 5))
     network = np.where(count <= 1, 0.0, np.where(np.asarray(nodes) <= 1, inside, across))
     power = 1.0 + (LARGEST_OVERLAP - 1.0) / (1.0 + np.exp(-parameters[8]))
     # Divided by the larger first: powers of small times would underflow.

@@ -16,15 +16,23 @@ import secrets
 import socket
 import time
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from orchestrator.errors import FencedError, RunBusyError
 
-__all__ = ["DriverLock", "Fence"]
+__all__ = ["DriverLock", "Fence", "Guard"]
 
 LEFTOVERS_END_S = 30.0
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+
+
+class Guard(Protocol):
+    """What a worker asks before it writes: here a ``Fence``, in a store a ``claim.StoreFence``."""
+
+    def check(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class DriverLock:

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.config import CheckpointConfig
 from orchestrator.errors import ConfigError, RunFolderError, did_you_mean, explain_oserror
+from orchestrator.storage.store import is_s3
 
 __all__ = ["RunFolder", "find_run", "read_json", "write_json", "write_text"]
 
@@ -55,9 +56,19 @@ class RunFolder:
         return self.root / "decisions.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One object per thing that a person should hear of, such as a store that does not answer."""
+        return self.root / "events.jsonl"
+
+    @property
     def attempts(self) -> Path:
         """One object per start and end of a worker group."""
         return self.root / "attempts.jsonl"
+
+    @property
+    def failure_log(self) -> Path:
+        """One object per attempt that failed: why, where, and what was done about it."""
+        return self.root / "failures.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -93,6 +104,11 @@ class RunFolder:
         return self.control / "outcome.json"
 
     @property
+    def change(self) -> Path:
+        """What the workers are to be started with instead, after a failure that this may mend."""
+        return self.control / "change.json"
+
+    @property
     def stop_request(self) -> Path:
         """Exists while the driver asks the workers to save and stop."""
         return self.control / "stop"
@@ -119,9 +135,16 @@ class RunFolder:
 def find_run(name: str) -> RunFolder:
     """The folder of a run that exists, given by path or by its name below the default place.
 
+    For a run in S3, given as ``s3://BUCKET/PREFIX/NAME``, it is a folder of copies on this machine, brought up to date.
+
     Raises:
         ConfigError: there is no run there; the message names those that are.
+        StorageError: the store cannot be used.
     """
+    if is_s3(name):
+        from orchestrator.storage.stored_run import copy_of  # boto3 only where S3 is used
+
+        return RunFolder(copy_of(name))
     default = Path(CheckpointConfig().uri)
     for root in (Path(name), default / name):
         if (root / "config.json").is_file():

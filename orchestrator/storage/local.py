@@ -50,16 +50,21 @@ class LocalStore:
                 return False
             return True
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, deep: bool = True) -> Iterator[Entry]:
         """See ``Store``."""
         folder = self._root / prefix.rpartition("/")[0]
         with self._errors(prefix):
-            paths = [path for path in folder.rglob("*") if TEMPORARY not in path.name and path.is_file()]
+            paths = [
+                path
+                for path in (folder.rglob("*") if deep else folder.glob("*"))
+                if TEMPORARY not in path.name and path.is_file()
+            ]
         found = {path.relative_to(self._root).as_posix(): path for path in paths}
         for key in sorted(found):
             with contextlib.suppress(FileNotFoundError):  # removed since
                 if key.startswith(prefix):
-                    yield Entry(key, found[key].stat().st_size)
+                    seen = found[key].stat()
+                    yield Entry(key, seen.st_size, version=f"{seen.st_ino}-{seen.st_mtime_ns}")
 
     def stat(self, key: str) -> Entry | None:
         """See ``Store``."""
@@ -78,6 +83,10 @@ class LocalStore:
             shutil.copyfile(self._path(key), temporary)
             temporary.replace(path)
 
+    def copy(self, key: str, to: str) -> None:
+        """See ``Store``."""
+        self.upload(self._path(key), to)
+
     def delete(self, *keys: str) -> None:
         """See ``Store``; folders that become empty go too."""
         for key in keys:
@@ -85,6 +94,15 @@ class LocalStore:
             with self._errors(key), contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 self._remove_empty(path.parent)
+
+    def collect(self, prefix: str = "") -> int:
+        """See ``Store``."""
+        folder = self._root / prefix.rpartition("/")[0]
+        with self._errors(prefix):
+            left = [path for path in folder.rglob(f"{TEMPORARY}*") if path.is_file()]
+            for path in left:
+                path.unlink(missing_ok=True)
+        return len(left)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from botocore.exceptions import (
 from orchestrator.config import StorageConfig
 from orchestrator.errors import NotFoundError, StorageError, StorageUnavailableError
 from orchestrator.storage.store import Entry, check_key
+from orchestrator.storage.tally import REQUESTS, Operation
 
 __all__ = ["S3Store", "endpoint_of", "split_uri"]
 
@@ -63,6 +66,14 @@ MEANINGS = (
     ),
     ({"RequestTimeTooSkewed"}, "the clock of this machine is wrong ({code}): set it"),
 )
+AGAIN = re.compile(rb"attempt=(?!1\b)")
+SENT_FOR: dict[str, Operation] = {
+    "GetObject": "read",
+    "HeadObject": "read",
+    "ListObjectsV2": "list",
+    "DeleteObjects": "delete",
+}
+"""Operation by S3's name of a request; uploads have several more."""
 NO_ANSWER = (ConnectionError, HTTPClientError, IncompleteReadError, FlexibleChecksumError)
 """Refused, dropped, timed out, cut off, or garbled on the way."""
 
@@ -75,6 +86,8 @@ class S3Store:
         self._budget_s = config.retry_budget_s
         self._endpoint = endpoint_of(config)
         self._client = _client(config, self._endpoint)
+        self._client.meta.events.register("before-send.s3", _count_again)
+        REQUESTS.open()
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
 
     @property
@@ -91,7 +104,7 @@ class S3Store:
     def write(self, key: str, data: bytes) -> None:
         """See ``Store``."""
         name = self._name(key)
-        self._ask(key, lambda: self._client.put_object(**name, Body=data))
+        self._ask(key, lambda: self._client.put_object(**name, Body=data), "write")
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """See ``Store``: a conditional write (``If-None-Match: *``)."""
@@ -110,16 +123,20 @@ class S3Store:
                 return repeated and bool(self._client.get_object(**self._name(key))["Body"].read() == data)
             return True
 
-        return self._ask(key, put)
+        return self._ask(key, put, "write")
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, deep: bool = True) -> Iterator[Entry]:
         """See ``Store``."""
         root = f"{self._prefix}/" if self._prefix else ""
         request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": f"{root}{prefix}"}
+        if not deep:
+            request["Delimiter"] = "/"
         while True:
-            page = self._ask(prefix, lambda: self._client.list_objects_v2(**request))
+            page = self._ask(prefix, lambda: self._client.list_objects_v2(**request), "list")
             for item in page.get("Contents", ()):
-                yield Entry(item["Key"].removeprefix(root), item["Size"])
+                if item["Key"].endswith("/"):
+                    continue  # a marker, by which some clients make folders where there are none
+                yield Entry(item["Key"].removeprefix(root), item["Size"], version=item.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -142,6 +159,7 @@ class S3Store:
             lambda: self._client.upload_file(
                 str(path), target["Bucket"], target["Key"], ExtraArgs=extra, Config=self._transfer
             ),
+            "write",
         )
 
     def download(self, key: str, path: Path) -> None:
@@ -160,21 +178,52 @@ class S3Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, key: str, to: str) -> None:
+        """See ``Store``: the service copies, in parts where the object is large."""
+        source, target = self._name(key), self._name(to)
+        self._ask(key, lambda: self._client.copy(source, target["Bucket"], target["Key"], Config=self._transfer))
+
     def delete(self, *keys: str) -> None:
         """See ``Store``."""
         for start in range(0, len(keys), DELETED_AT_ONCE):
             some = keys[start : start + DELETED_AT_ONCE]
             wanted = {"Objects": [{"Key": self._name(key)["Key"]} for key in some], "Quiet": True}
-            answer = self._ask(some[0], lambda: self._client.delete_objects(Bucket=self._bucket, Delete=wanted))  # noqa: B023
+            answer = self._ask(
+                some[0],
+                lambda: self._client.delete_objects(Bucket=self._bucket, Delete=wanted),  # noqa: B023
+                "delete",
+            )
             for refused in answer.get("Errors", ()):
                 if refused["Code"] not in ("NoSuchKey", "404"):
                     raise StorageError(f"s3://{self._bucket}/{refused['Key']}: not deleted ({refused['Code']})")
+
+    def collect(self, prefix: str = "") -> int:
+        """See ``Store``: uploads in parts that nobody will complete take space, and money, until they are aborted."""
+        root = f"{self._prefix}/" if self._prefix else ""
+        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": f"{root}{prefix}"}
+        uploads: list[dict[str, Any]] = []
+        while True:
+            page = self._ask(prefix, functools.partial(self._client.list_multipart_uploads, **request), "list")
+            uploads += page.get("Uploads", ())
+            if not page.get("IsTruncated"):
+                break
+            request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for upload in uploads:
+            self._ask(prefix, functools.partial(self._abort, upload), "delete")
+        return len(uploads)
+
+    def _abort(self, upload: dict[str, Any]) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        except ClientError as error:
+            if _code(error) not in ("NoSuchUpload", "404"):  # gone since: what was wanted
+                raise
 
     def _name(self, key: str) -> dict[str, str]:
         check_key(key)
         return {"Bucket": self._bucket, "Key": f"{self._prefix}/{key}" if self._prefix else key}
 
-    def _ask(self, key: str, request: Callable[[], T]) -> T:
+    def _ask(self, key: str, request: Callable[[], T], operation: Operation = "read") -> T:
         """Make a request until it succeeds, until it is refused for good, or until the budget is spent."""
         deadline = time.monotonic() + self._budget_s
         pause_s = 0.2
@@ -185,7 +234,11 @@ class S3Store:
                 cause = _cause(error)
                 left_s = deadline - time.monotonic()
                 if not _is_worth_repeating(cause) or left_s <= 0:
-                    raise self._explained(key, cause) from None
+                    explained = self._explained(key, cause)
+                    if not isinstance(explained, NotFoundError):  # an answer, and no trouble
+                        REQUESTS.failed(operation)
+                    raise explained from None
+            REQUESTS.retried(operation)
             time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))
             pause_s = min(2 * pause_s, 5.0)
 
@@ -256,6 +309,14 @@ def _client(config: StorageConfig, endpoint: str | None) -> Any:
         return session.client("s3", endpoint_url=endpoint, region_name=region, config=settings)
     except ProfileNotFound as error:
         raise StorageError(f"S3: {error}: correct AWS_PROFILE, or add the profile") from None
+
+
+def _count_again(request: Any, event_name: str, **_: Any) -> None:
+    """Count what botocore itself sends again: the number of the attempt stands in a header of each request."""
+    attempt = request.headers.get("amz-sdk-request", b"")
+    if AGAIN.search(attempt if isinstance(attempt, bytes) else attempt.encode()):
+        name = event_name.rpartition(".")[2]
+        REQUESTS.retried(SENT_FOR.get(name, "write"))
 
 
 def _cause(error: BaseException) -> BaseException:

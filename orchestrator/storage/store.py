@@ -1,9 +1,10 @@
 """Where bytes lie: local folders and S3 behind one small protocol.
 
-Eight verbs, because a checkpoint or a data set needs each and none can be made of the others at its price: ``read``,
-``write`` and ``put_if_absent`` for small things that are whole or absent, ``upload`` and ``download`` for files that
-memory need not hold, ``list`` and ``stat`` to see what is there, and ``delete``. There is no append, no rename and no
-lock: S3 has none, and a protocol that pretends to is slow or unsafe. Columns are read through pyarrow's own view of
+Ten verbs, because a run, a checkpoint or a data set needs each and none can be made of the others at its price:
+``read``, ``write`` and ``put_if_absent`` for small things that are whole or absent, ``upload`` and ``download`` for
+files that memory need not hold, ``list`` and ``stat`` to see what is there, ``copy`` without the bytes passing through
+here, ``delete``, and ``collect`` for what a crash left half written. There is no append, no rename and no lock: S3 has
+none, and a protocol that pretends to is slow or unsafe. Columns are read through pyarrow's own view of
 the same place (``storage/filesystem.py``).
 """
 
@@ -22,11 +23,15 @@ __all__ = ["Entry", "Store", "check_key", "is_s3", "open_store"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its key below the store's root, its size, and its SHA-256 where the store was told it."""
+    """One object: its key below the store's root, its size, and its SHA-256 where the store was told it.
+
+    ``version`` differs once the object has been written again; ``list`` knows it, ``stat`` need not.
+    """
 
     key: str
     size_bytes: int
     sha256: str | None = None
+    version: str = ""
 
 
 class Store(Protocol):
@@ -58,8 +63,11 @@ class Store(Protocol):
         """
         ...
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Yield every object whose key starts with ``prefix``, in the order of the keys."""
+    def list(self, prefix: str = "", *, deep: bool = True) -> Iterator[Entry]:
+        """Yield every object whose key starts with ``prefix``, in the order of the keys.
+
+        Not ``deep``: only those without a ``/`` in the rest of the key.
+        """
         ...
 
     def stat(self, key: str) -> Entry | None:
@@ -74,8 +82,16 @@ class Store(Protocol):
         """Make a local file of the object, whole or not at all; its folder is made too."""
         ...
 
+    def copy(self, key: str, to: str) -> None:
+        """Make another object of the same bytes, within the store."""
+        ...
+
     def delete(self, *keys: str) -> None:
         """Remove the objects; what is not there is no error."""
+        ...
+
+    def collect(self, prefix: str = "") -> int:
+        """Remove what writers below ``prefix`` left half written; returns how many there were. None may be at work."""
         ...
 
 

@@ -29,8 +29,10 @@ class TreeFile:
     sha256: str
 
 
-def upload_tree(store: Store, folder: Path, prefix: str, *, at_once: int = AT_ONCE) -> tuple[TreeFile, ...]:
-    """Upload every file below ``folder`` to ``prefix/``; returns what is there now, in the order of the paths.
+def upload_tree(
+    store: Store, folder: Path, prefix: str, *, paths: Iterable[Path] | None = None, at_once: int = AT_ONCE
+) -> tuple[TreeFile, ...]:
+    """Upload every file below ``folder``, or those of ``paths``, to ``prefix/``; returns what is there now, in order.
 
     Called again after it was cut off, it leaves out the files that the store holds with the same size and hash.
     Nothing says that the tree is whole: write a manifest of what is returned, last.
@@ -38,7 +40,7 @@ def upload_tree(store: Store, folder: Path, prefix: str, *, at_once: int = AT_ON
     Raises:
         StorageError: see ``Store``; files that were uploaded before stay.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    chosen = sorted(path for path in (folder.rglob("*") if paths is None else paths) if path.is_file())
 
     def upload(path: Path) -> TreeFile:
         file = TreeFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
@@ -48,7 +50,7 @@ def upload_tree(store: Store, folder: Path, prefix: str, *, at_once: int = AT_ON
             store.upload(path, key, sha256=file.sha256)
         return file
 
-    return _all(upload, paths, at_once)
+    return _all(upload, chosen, at_once)
 
 
 def download_tree(

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.telemetry.metrics import PARTS
 
-__all__ = ["Account", "account", "time_by_part", "useful_s"]
+__all__ = ["USEFUL", "Account", "account", "time_by_part", "useful_s"]
 
 USEFUL = ("forward", "backward", "communication", "optimizer")
 NAMED = ("data_wait", "checkpoint", "evaluation")

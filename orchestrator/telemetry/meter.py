@@ -78,6 +78,10 @@ class Meter:
         key = _key(name, labels, "counter")
         self._counters[key] = self._counters.get(key, 0.0) + amount
 
+    def reach(self, name: str, value: float, *labels: str) -> None:
+        """Set a counter that another part of this process counts, since the process began."""
+        self._counters[_key(name, labels, "counter")] = value
+
     def total(self, name: str, value: float, *labels: str) -> None:
         """Set a counter that was counted elsewhere, since the run began."""
         self._totals[_key(name, labels, "counter")] = value

@@ -124,8 +124,21 @@ TABLE: tuple[Metric, ...] = (
         "seconds",
         "Unix time of the last checkpoint, or of the attempt's start before there is one.",
     ),
-    _counter("storage_retries_total", "requests", "Requests to storage that were tried again.", labels=("operation",)),
-    _counter("storage_errors_total", "requests", "Requests to storage that failed.", labels=("operation",)),
+    _counter(
+        "storage_retries_total",
+        "requests",
+        "Requests to storage that were tried again; those of pyarrow, with which columns are read, are not seen.",
+        "every rank",
+        ("operation",),
+    ),
+    _counter(
+        "storage_errors_total",
+        "requests",
+        "Requests to storage that were given up or refused: read, write, list, delete; and, as checkpoint, "
+        "checkpoints that failed because their storage did.",
+        "every rank",
+        ("operation",),
+    ),
     _gauge("run_info", "1", "What the run is.", "driver", ("device", "policy", "precision", "version", "zero_stage")),
     _gauge("run_state", "1", "1 for the state that the run is in, else 0.", "driver", ("state",)),
     _gauge("run_start_timestamp_seconds", "seconds", "Unix time of the run's first attempt.", "driver"),

@@ -19,10 +19,12 @@ __all__ = [
     "RunFacts",
     "RunObserver",
     "observe_account",
+    "observe_blocked",
     "observe_checkpoint_failure",
     "observe_memory",
     "observe_parts",
     "observe_place",
+    "observe_requests",
     "observe_run",
     "observe_state",
     "observe_storage",
@@ -105,10 +107,9 @@ class RunObserver:
         meter.count("orchestrator_decisions_total", 1.0, record["kind"])
         meter.set("orchestrator_predicted_goodput_samples_per_second", (record.get("then") or {}).get("goodput"))
 
-    def checkpoint(self, meter: Meter, *, duration_s: float, blocked_s: float, size_bytes: int) -> None:
-        """A checkpoint is whole: how long it took, for how long training waited, and how large it is."""
+    def checkpoint(self, meter: Meter, *, duration_s: float, size_bytes: int) -> None:
+        """A checkpoint is whole: how long it took, and how large it is."""
         meter.count("orchestrator_checkpoints_total")
-        meter.count("orchestrator_checkpoint_blocked_seconds_total", blocked_s)
         meter.set("orchestrator_checkpoint_seconds", duration_s)
         meter.set("orchestrator_checkpoint_bytes", size_bytes)
         meter.set("orchestrator_checkpoint_timestamp_seconds", time.time())
@@ -188,6 +189,11 @@ def observe_storage(meter: Meter, operation: str, *, retries: int, errors: int) 
     meter.count("orchestrator_storage_errors_total", errors, operation)
 
 
+def observe_blocked(meter: Meter, seconds: float) -> None:
+    """For how long training waited for a checkpoint."""
+    meter.count("orchestrator_checkpoint_blocked_seconds_total", seconds)
+
+
 def observe_checkpoint_failure(meter: Meter, *, of_storage: bool) -> None:
     """A checkpoint failed, with ``of_storage`` because the store did."""
     meter.count("orchestrator_checkpoint_failures_total")
@@ -204,6 +210,12 @@ def observe_state(meter: Meter, state: str) -> None:
     assert state in STATES, state
     for each in STATES:
         meter.set("orchestrator_run_state", float(each == state), each)
+
+
+def observe_requests(meter: Meter, operation: str, *, retries: int, errors: int) -> None:
+    """The same, as this process counts them elsewhere since it began."""
+    meter.reach("orchestrator_storage_retries_total", retries, operation)
+    meter.reach("orchestrator_storage_errors_total", errors, operation)
 
 
 def observe_account(meter: Meter, found: Account) -> None:

@@ -5,25 +5,34 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.telemetry import human
+from orchestrator.telemetry.accounting import USEFUL
 from orchestrator.telemetry.story import layout_change
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Display", "Estimator", "decision_line", "evaluation_line", "progress_line", "summary"]
+__all__ = [
+    "Display",
+    "Estimator",
+    "breakdown_line",
+    "decision_line",
+    "evaluation_line",
+    "progress_line",
+    "summary",
+]
 
 SEPARATOR = "  "
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Smoothed speed and time left, from the records of the current attempt.
+    """Smoothed speed, time left and time by part, from the records of the current attempt.
 
     Speed is measured on the wall clock between records, so that evaluation and checkpoints count. Weights decay
     with age: a sum of samples and a sum of seconds, each multiplied by exp(-dt / memory_s) per step, and the speed
@@ -41,6 +50,8 @@ class Estimator:
     """Decayed sum of samples."""
     progress: float = 0.0
     """Decayed sum of progress, in reference samples."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Decayed sums of seconds by part, where steps were timed."""
 
     def after(self, record: Mapping[str, Any]) -> Estimator:
         """The estimator with one more step record; a new attempt starts afresh."""
@@ -56,7 +67,20 @@ class Estimator:
             elapsed_s=self.elapsed_s * decay + dt,
             samples=self.samples * decay + now[2] - samples,
             progress=self.progress * decay + now[3] - progress,
+            parts=_decayed(self.parts, decay, record.get("parts") or {}),
         )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the time, the largest first; empty where steps were not timed."""
+        total = sum(self.parts.values())
+        shares = {part: seconds / total for part, seconds in self.parts.items()} if total > 0 else {}
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+    @property
+    def goodput_ratio(self) -> float | None:
+        """Share of the time that went into steps themselves; None where steps were not timed."""
+        return sum(self.shares.get(part, 0.0) for part in USEFUL) if self.parts else None
 
     @property
     def samples_per_s(self) -> float | None:
@@ -68,6 +92,10 @@ class Estimator:
         if length is None or self.last is None or self.elapsed_s <= 0 or self.progress <= 0:
             return None
         return max(0.0, length - self.last[3]) * self.elapsed_s / self.progress
+
+
+def _decayed(sums: Mapping[str, float], decay: float, more: Mapping[str, float]) -> dict[str, float]:
+    return {part: sums.get(part, 0.0) * decay + more.get(part, 0.0) for part in {**sums, **more}}
 
 
 def progress_line(
@@ -84,7 +112,7 @@ def progress_line(
     Speed and time left come from ``estimator``, or else the record's own speed is shown.
     """
     fields = _fields(record, estimator or Estimator(), now - started)
-    for dropped in ("samples", "batch", "rate", "speed"):
+    for dropped in ("samples", "batch", "rate", "goodput", "speed"):
         if width is None or len(SEPARATOR.join(fields.values())) <= width:
             break
         fields.pop(dropped, None)
@@ -102,6 +130,7 @@ def _fields(record: Mapping[str, Any], estimator: Estimator, elapsed_s: float) -
         "speed": human.rate(record.get("samples_per_s") if speed is None else speed, "samples"),
         "batch": f"batch {human.count(record['global_batch'])}",
         "rate": f"lr {human.number(record.get('learning_rate'), digits=3)}",
+        "goodput": "" if estimator.goodput_ratio is None else f"goodput {_percent(estimator.goodput_ratio)}",
         "time": _time(length, estimator.time_left_s(length), elapsed_s),
     }
     return {name: text for name, text in fields.items() if text}
@@ -109,6 +138,16 @@ def _fields(record: Mapping[str, Any], estimator: Estimator, elapsed_s: float) -
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None else human.number(value, trim=False)
+
+
+def breakdown_line(shares: Mapping[str, float], *, width: int | None = None) -> str:
+    """One line on where the time goes, the largest part first; what is under half a percent is left out."""
+    named = [f"{part.replace('_', ' ')} {_percent(share)}" for part, share in shares.items() if share >= 0.005]
+    return SEPARATOR.join(named)[:width]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _time(length: float | None, left_s: float | None, elapsed_s: float) -> str:
@@ -149,17 +188,25 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _useful(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What share of the wall time became steps that count, and what took the most of the rest."""
-    if (ratio := result.get("goodput_ratio")) is None:
-        return []
-    lost = sorted((result.get("lost_s") or {}).items(), key=lambda item: -item[1])
-    rest = ", ".join(f"{cause.replace('_', ' ')} {human.duration(seconds)}" for cause, seconds in lost[:3])
-    return [("goodput", f"{100 * ratio:.0f} % of the wall time" + (f"; lost: {rest}" if rest else ""))]
+    """Where the time went, what share of it became steps that count, what took the most of the rest, and restarts."""
+    rows, parts = [], result.get("parts_s") or {}
+    if (total := sum(parts.values())) > 0:
+        largest = sorted(parts.items(), key=lambda item: -item[1])
+        rows.append(("time", breakdown_line({part: seconds / total for part, seconds in largest})))
+    if (ratio := result.get("goodput_ratio")) is not None:
+        lost = sorted((result.get("lost_s") or {}).items(), key=lambda item: -item[1])
+        rest = ", ".join(f"{cause.replace('_', ' ')} {human.duration(seconds)}" for cause, seconds in lost[:3])
+        rows.append(("goodput", f"{_percent(ratio)} of the wall time" + (f"; lost: {rest}" if rest else "")))
+    if restarts := result.get("restarts"):
+        causes = (f"{count} {human.printable(cause).replace('_', ' ')}" for cause, count in restarts.items())
+        rows.append(("restarts", ", ".join(causes)))
+    return rows
 
 
 class Display:
-    """Shows a run on ``stream`` as it goes: one live line on a terminal, else a plain line every ``interval_s``.
+    """Shows a run on ``stream`` as it goes: live lines on a terminal, else a plain line every ``interval_s``.
 
+    Live are the progress and, where steps are timed, what the time of the last half minute went into.
     Writes only to the stream it was handed. ``clock`` returns seconds and never goes back (``time.monotonic``).
     Close it, or use it in a ``with`` statement: a terminal's cursor is hidden while the live line is there.
     """
@@ -189,6 +236,11 @@ class Display:
         """Forget the steps of the run before: another begins, and its steps count from 1 again."""
         self._estimator = Estimator()
         self._pending = None
+
+    def pace(self, interval_s: float) -> None:
+        """From now on a plain line comes every ``interval_s``; a terminal is redrawn as before."""
+        if isinstance(self._screen, _PlainLines):
+            self._interval_s = interval_s
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Take a step record; shown when it is time, and at once, to stay, when the step was skipped."""
@@ -228,7 +280,7 @@ class Display:
     def _show(self) -> None:
         if self._pending is not None:
             room = self._screen.room(self._pending)
-            self._screen.draw(self._line(self._pending, room), self._pending)
+            self._screen.draw(self._line(self._pending, room), self._pending, self._estimator.shares)
             self._pending = None
             self._due = self._clock() + self._interval_s
 
@@ -249,7 +301,7 @@ class _PlainLines:
         self._stream.write(line + "\n")
         self._stream.flush()
 
-    def draw(self, line: str, _record: Mapping[str, Any]) -> None:
+    def draw(self, line: str, _record: Mapping[str, Any], _shares: Mapping[str, float]) -> None:
         self.write(line)
 
     def close(self) -> None:
@@ -257,7 +309,7 @@ class _PlainLines:
 
 
 class _LiveLine:
-    """A terminal: the last line is redrawn, with a bar; other lines scroll above it."""
+    """A terminal: the last lines are redrawn, the first of them with a bar; other lines scroll above them."""
 
     def __init__(self, stream: TextIO, width: int | None) -> None:
         from rich.console import Console
@@ -276,10 +328,16 @@ class _LiveLine:
     def write(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
 
-    def draw(self, line: str, record: Mapping[str, Any]) -> None:
+    def draw(self, line: str, record: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+        from rich.console import Group
+        from rich.text import Text
+
         if not self._live.is_started:
             self._live.start()
-        self._live.update(self._row(line, record), refresh=True)
+        rows: list[Table | Text] = [self._row(line, record)]
+        if below := breakdown_line(shares, width=self._console.width - 1):
+            rows.append(Text(below, style="dim", no_wrap=True, overflow="crop"))
+        self._live.update(Group(*rows), refresh=True)
 
     def close(self) -> None:
         self._live.stop()

@@ -394,9 +394,12 @@ def _attempt_row(run: RunData, attempt: Any) -> list[object]:
 
 
 def _without_end(run: RunData, attempt: Any) -> str:
-    # A killed worker writes nothing: what came after tells that it was lost.
-    superseded = run.attempts[-1].get("attempt") != attempt
-    return "lost: its workers ended without a word" if superseded else "running, or lost"
+    # A killed worker writes nothing: the attempt after it tells what ended this one.
+    later = [a for a in run.attempts if a.get("event") == "started" and (a.get("attempt") or 0) > (attempt or 0)]
+    if not later:
+        return "running, or lost"
+    cause = str(later[0].get("cause") or "worker_lost")
+    return "lost: its workers ended without a word" if cause == "worker_lost" else f"lost: {_words(cause)}"
 
 
 def _details_section(run: RunData) -> str:

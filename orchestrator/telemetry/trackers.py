@@ -6,8 +6,8 @@ a run nothing, and what it missed is still in ``metrics.jsonl``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import logging
 import math
 import queue
 import threading
@@ -24,8 +24,7 @@ SCALARS = (
     "loss", "learning_rate", "grad_norm", "global_batch", "samples_per_s", "step_time_s", "progress", "epoch",
     "noise_scale",
 )  # fmt: skip
-FAREWELL_S = 10.0
-LOGGER = logging.getLogger(__name__)
+FAREWELL_S = 30.0
 
 
 class Tracker(Protocol):
@@ -42,6 +41,7 @@ class Tracking:
         """``make`` is called in the thread too: making a tracker may ask its server."""
         self._make = make
         self._queue: queue.SimpleQueue[tuple[Mapping[str, float], int, float] | str] = queue.SimpleQueue()
+        self._trouble: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
         self._thread.start()
 
@@ -55,20 +55,39 @@ class Tracking:
         scalars = {f"evaluation/{name}": value for name, value in record["metrics"].items() if _is_number(value)}
         self._queue.put((scalars, record["step"], record["time"]))
 
+    def trouble(self) -> list[str]:
+        """What has gone wrong since this was last asked, a line each."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._trouble.get_nowait())
+        return found
+
     def close(self, state: str) -> None:
         """Hand over what is left, and how the run ended; give up after a while."""
         self._queue.put(state)
         self._thread.join(FAREWELL_S)
+        if self._thread.is_alive():
+            self._trouble.put(f"a tracker did not take everything within {FAREWELL_S:.0f} s; metrics.jsonl has it")
 
     def _run(self) -> None:
         trackers: list[Tracker] = []
-        if (made := _guarded(self._make)) is not None:
+        if (made := self._guarded(self._make)) is not None:
             trackers = list(made)
         while not isinstance(found := self._queue.get(), str):
             scalars, step, time = found
-            trackers = [t for t in trackers if _guarded(_log, t, scalars, step, time)]
+            trackers = [t for t in trackers if self._guarded(_log, t, scalars, step, time)]
         for tracker in trackers:
-            _guarded(tracker.close, found)
+            self._guarded(tracker.close, found)
+
+    def _guarded(self, call: Callable[..., Any], *values: Any) -> Any:
+        """What ``call`` returns, or None where it fails: whose code that is, nobody knows."""
+        try:
+            return call(*values)
+        except Exception as error:  # noqa: BLE001 - the edge to code of others, in a thread of its own
+            first_line = next(iter(str(error).splitlines()), "")
+            self._trouble.put(f"a tracker failed and is left out from here on: {type(error).__name__}: {first_line}")
+            return None
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -147,15 +166,6 @@ class _Wandb:
 def _log(tracker: Tracker, scalars: Mapping[str, float], step: int, time: float) -> bool:
     tracker.log(scalars, step=step, time=time)
     return True
-
-
-def _guarded(call: Callable[..., Any], *values: Any) -> Any:
-    """What ``call`` returns, or None where it fails: whose code that is, nobody knows."""
-    try:
-        return call(*values)
-    except Exception:  # the edge to code of others, in a thread of its own
-        LOGGER.exception("a tracker failed, and is left out from here on")
-        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -53,10 +53,14 @@ class Cadence:
         """The cadence of an attempt that begins ``now``."""
         return cls(settings, now, now, failures, lived_s)
 
-    def due(self, step: int, now: float) -> bool:
-        """Whether the state after optimizer step ``step`` should be saved."""
+    def due(self, step: int, now: float, *, uploading: bool = False) -> bool:
+        """Whether the state after optimizer step ``step`` should be saved.
+
+        By time not while the save before is ``uploading``; a save by steps, of which there is one moment, waits for it.
+        """
         every = self.settings.interval_steps
-        return (every is not None and step % every == 0) or now - self.saved_at >= self.interval_s(now)
+        by_time = not uploading and now - self.saved_at >= self.interval_s(now)
+        return by_time or (every is not None and step % every == 0)
 
     def interval_s(self, now: float) -> float:
         """Seconds between two saves, as set or as computed."""

@@ -14,25 +14,40 @@ import pickle
 import random
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, RunFolderError
-from orchestrator.storage.fence import Fence
+from orchestrator.storage.fence import Guard
 from orchestrator.storage.folder import read_json, write_json
+from orchestrator.storage.stored_run import MANIFEST
 from orchestrator.training.buffers import mean_of
 from orchestrator.training.engine import Engine
 from orchestrator.training.state import TrainState
 
-__all__ = ["Checkpoints", "list_checkpoints", "set_aside", "set_aside_after", "verify"]
+__all__ = [
+    "Checkpoints",
+    "list_checkpoints",
+    "load_into",
+    "raise_together",
+    "rank_files",
+    "read_manifest",
+    "sealed_manifest",
+    "set_aside",
+    "set_aside_after",
+    "superseded",
+    "verify",
+    "write_shards",
+]
 
-MANIFEST = "manifest.json"
+Name = TypeVar("Name", str, Path)
+
 FORMAT = 3
 DRAFT = ".draft-"
 # What DeepSpeed 0.19.8's own files name beyond tensors, seen in stages 0 to 3 with every precision and optimizer:
@@ -53,7 +68,7 @@ class Checkpoints:
     """The checkpoints of one run, as seen from one worker."""
 
     root: Path
-    fence: Fence
+    fence: Guard
     keep: int
     layout_key: dict[str, Any]
     """What must be equal for shards to be loaded as they are: workers, ZeRO stage, precision."""
@@ -79,30 +94,28 @@ class Checkpoints:
                     set_aside(newest)
                 dist.barrier()
             else:
-                return self._load(engine, newest, manifest)
+                return load_into(engine, newest, manifest, self.layout_key)
         if problem:
             raise CheckpointError(f"{problem}; no other is left: start anew with --fresh")
         return None
 
-    def _load(self, engine: Engine, newest: Path, manifest: dict[str, Any]) -> TrainState:
-        saved = manifest["layout_key"]
-        if saved["precision"] != self.layout_key["precision"]:
-            raise CheckpointError(
-                f"{newest} was saved with {_describe(saved)} and this run has {_describe(self.layout_key)}: "
-                f"continue with layout.precision={saved['precision']}, or start anew with --fresh"
-            )
-        if saved == self.layout_key:
-            mine = _rank_state(newest)
-            engine.load(newest, mine["buffers"])
-            _set_random_state(mine["random"])
-        else:
-            ranks = [_rank_state(newest, rank) for rank in range(saved["workers"])]
-            engine.load_reshaped(newest, mean_of([one["buffers"] for one in ranks]))
-            if dist.get_rank() < len(ranks):  # a new rank's generators have drawn nothing yet
-                _set_random_state(ranks[dist.get_rank()]["random"])
-        return TrainState.from_dict(manifest["state"])
+    @property
+    def uploading(self) -> bool:
+        """Whether an earlier save is still under way: never, since ``save`` returns when all is done."""
+        return False
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
+    def check(self) -> None:
+        """Nothing goes on beside the training here that could fail."""
+
+    def finish(self) -> None:
+        """Nothing is left to wait for."""
+
+    def newest(self) -> str | None:
+        """Where the newest checkpoint is."""
+        existing = list_checkpoints(self.root)
+        return str(existing[-1]) if existing else None
+
+    def save(self, engine: Engine, state: TrainState) -> Path | None:
         """Write ``state`` and everything in ``engine``; returns the new checkpoint's folder. All ranks call it."""
         self.fence.check()
         final = self.root / f"step-{state.step:08d}"
@@ -112,9 +125,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             draft.mkdir(parents=True)
         dist.barrier()
-        buffers = engine.save(draft)
-        torch.save({"buffers": buffers, "random": _random_state()}, draft / _rank_file())
-        dist.barrier()
+        write_shards(engine, draft)
         files = _gather(_digests(draft))
         if dist.get_rank() == 0:
             self._commit(draft, final, state, files)
@@ -122,19 +133,17 @@ class Checkpoints:
         return final
 
     def _commit(self, draft: Path, final: Path, state: TrainState, files: dict[str, Any]) -> None:
-        expected = {_rank_file(rank) for rank in range(dist.get_world_size())}
-        if missing := expected - set(files):
+        if missing := rank_files() - set(files):
             raise CheckpointError(
                 f"{self.root}: {', '.join(sorted(missing))} written by other workers cannot be seen here: "
                 "with workers on several machines checkpoint.uri must be a folder that all of them share"
             )
-        manifest = {"format": FORMAT, "state": state.to_dict(), "layout_key": self.layout_key, "files": files}
-        write_json(draft / MANIFEST, {**manifest, "seal": _seal(manifest)})
+        write_json(draft / MANIFEST, sealed_manifest(state, self.layout_key, files))
         self.fence.check()
         if final.exists():
             _delete(final)
         draft.rename(final)
-        for old in superseded(list_checkpoints(self.root), self.keep):
+        for old in superseded(list_checkpoints(self.root), self.keep, lambda path: read_manifest(path)["state"]):
             _delete(old)
 
     def _verified_by_all(self, checkpoint: Path) -> dict[str, Any]:
@@ -145,11 +154,62 @@ class Checkpoints:
             manifest = verify(checkpoint, part=dist.get_rank(), parts=dist.get_world_size())
         except CheckpointError as found:
             error = str(found)
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        if any(errors):
-            raise CheckpointError(next(text for text in errors if text))
+        raise_together(error)
         return manifest
+
+
+def write_shards(engine: Engine, draft: Path) -> None:
+    """Write this rank's part of everything below ``draft``; on return all ranks have."""
+    buffers = engine.save(draft)
+    torch.save({"buffers": buffers, "random": _random_state()}, draft / _rank_file())
+    dist.barrier()
+
+
+def sealed_manifest(state: TrainState, layout_key: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    """What makes a checkpoint of ``files``, each with its size in bytes and its SHA-256."""
+    manifest = {"format": FORMAT, "state": state.to_dict(), "layout_key": layout_key, "files": files}
+    return {**manifest, "seal": _seal(manifest)}
+
+
+def load_into(engine: Engine, folder: Path, manifest: dict[str, Any], layout_key: dict[str, Any]) -> TrainState:
+    """Load the checkpoint in ``folder``, which was verified, into ``engine``; returns the state as it was saved.
+
+    Raises:
+        CheckpointError: it was saved in another precision.
+    """
+    saved = manifest["layout_key"]
+    if saved["precision"] != layout_key["precision"]:
+        raise CheckpointError(
+            f"{folder} was saved with {_describe(saved)} and this run has {_describe(layout_key)}: "
+            f"continue with layout.precision={saved['precision']}, or start anew with --fresh"
+        )
+    if saved == layout_key:
+        mine = _rank_state(folder)
+        engine.load(folder, mine["buffers"])
+        _set_random_state(mine["random"])
+    else:
+        ranks = [_rank_state(folder, rank) for rank in range(saved["workers"])]
+        engine.load_reshaped(folder, mean_of([one["buffers"] for one in ranks]))
+        if dist.get_rank() < len(ranks):  # a new rank's generators have drawn nothing yet
+            _set_random_state(ranks[dist.get_rank()]["random"])
+    return TrainState.from_dict(manifest["state"])
+
+
+def raise_together(error: str) -> None:
+    """Raise on every rank once any has found an error; an empty text is none.
+
+    Raises:
+        CheckpointError: with the words of the lowest rank that has any.
+    """
+    errors: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        raise CheckpointError(next(text for text in errors if text))
+
+
+def rank_files() -> set[str]:
+    """Names of the files that each rank writes of itself."""
+    return {_rank_file(rank) for rank in range(dist.get_world_size())}
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -157,15 +217,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if (path / MANIFEST).is_file())
 
 
-def superseded(existing: Sequence[Path], keep: int) -> list[Path]:
+def superseded(existing: Sequence[Name], keep: int, state_of: Callable[[Name], Mapping[str, Any]]) -> list[Name]:
     """Those of ``existing``, oldest first, that are neither of the newest ``keep`` nor the best that was evaluated."""
     older = list(existing[:-keep])
-    states = {path: _read_manifest(path)["state"] for path in existing} if older else {}
+    states = {name: state_of(name) for name in existing} if older else {}
     best = states[existing[-1]]["best"] if older else None
-    for path in existing:
-        state = states.get(path, {})
+    for name, state in states.items():
         if best is not None and state["best"] == best and state["evaluated_at"] == state["progress"]:
-            return [other for other in older if other != path]
+            return [other for other in older if other != name]
     return older
 
 
@@ -175,7 +234,7 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     Raises:
         CheckpointError: a file is missing, unknown, has other bytes, or is not a plain pickle of tensors.
     """
-    manifest = _read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     files = manifest["files"]
     for name in files:
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -183,14 +242,11 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     for path in sorted(checkpoint.rglob("*.pt")):
         if (name := path.relative_to(checkpoint).as_posix()) not in files:
             raise CheckpointError(f"checkpoint {checkpoint}: {name} is not in its manifest: move it elsewhere")
-    for name, (size, digest) in sorted(files.items())[part::parts]:
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
-        if path.suffix == ".pt":
-            _refuse_code(path)
+    mine = sorted(files.items())[part::parts]
+    _refuse_other_bytes(checkpoint, mine)
+    for name, _ in mine:
+        if name.endswith(".pt"):
+            _refuse_code(checkpoint / name)
     return manifest
 
 
@@ -206,7 +262,7 @@ def set_aside_after(root: Path, keep: Path) -> list[Path]:
     return [set_aside(path) for path in list_checkpoints(root) if path.name > keep.name]
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = read_json(checkpoint / MANIFEST)
     except RunFolderError:
@@ -253,6 +309,19 @@ def _gather(mine: dict[str, tuple[int, str]]) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _refuse_other_bytes(checkpoint: Path, files: Sequence[tuple[str, Any]]) -> None:
+    """What costs least is looked at first: a file that is missing, or of another size, and only then its bytes."""
+    for name, (size, _) in files:
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
+    for name, (_, digest) in files:
+        if _sha256(checkpoint / name) != digest:
+            raise CheckpointError(f"checkpoint {checkpoint} is corrupt: {name} has other bytes than were written")
 
 
 def _refuse_code(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -16,16 +17,42 @@ from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.observation import Decision
 from orchestrator.scheduling.schedule import factor
 from orchestrator.training.cadence import Cadence
-from orchestrator.training.checkpoint import Checkpoints, list_checkpoints
+from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.data import Batches
 from orchestrator.training.engine import Engine
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.scheduler import Scheduler, spoken, understood
 from orchestrator.training.state import StepStats, TrainState
+from orchestrator.training.stored import StoredCheckpoints
 from orchestrator.training.tracing import Tracer
+from orchestrator.training.watchdog import Watchdog
 
-__all__ = ["Outcome", "Training", "train"]
+__all__ = ["NoNotice", "Notice", "Outcome", "Training", "train"]
+
+
+class Notice(Protocol):
+    """Whether nodes of the run are about to be taken away."""
+
+    def due(self) -> bool:
+        """On rank 0: whether it is time to ask."""
+        ...
+
+    def ask(self) -> str | None:
+        """On every rank at the same step: what is to be said of it, once for each notice."""
+        ...
+
+
+class NoNotice:
+    """Nodes stay, or go without a word."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def ask(self) -> str | None:
+        """Nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,12 +74,14 @@ class Training:
     engine: Engine
     train_set: Dataset
     evaluation_set: Dataset | None
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | StoredCheckpoints
     recorder: Recorder
     scheduler: Scheduler
     tracer: Tracer
     rank: int
     stop_requested: Callable[[], bool]
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    notice: Notice = field(default_factory=NoNotice)
     failures: int = 0
     """Earlier attempts that did not end by themselves."""
     lived_s: float = 0.0
@@ -75,6 +104,8 @@ def train(run: Training) -> Outcome:
     cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)
     saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
+        run.checkpoints.check()
+        run.watchdog.beat()
         run.tracer.before(state.step + 1)
         with run.engine.clock.part("data_wait"):
             micro_batches = batches.at(state.samples, state.layout)
@@ -82,11 +113,11 @@ def train(run: Training) -> Outcome:
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(run.stop_requested(), cadence.due(state.step + 1, time.monotonic()), *spoken(decision)),
+            rank_zero_says=(*_asks(run, cadence, state.step + 1), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
-        asked_to_stop, save_due, *said = stats.rank_zero_says
-        stop = bool(asked_to_stop)
+        asked_to_stop, save_due, look, *said = stats.rank_zero_says
+        stop, warned = bool(asked_to_stop), bool(look) and _warned(run)
         before, state = state, state.after(stats, run.plan, run.config)
         lap = run.engine.clock.lap()
         run.recorder.step(state, stats, lap, run.engine.loss_scale, batches.skipped_samples)
@@ -97,14 +128,16 @@ def train(run: Training) -> Outcome:
         best = state.best
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
-        if (save_due or state.best != best) and stats.finite:
-            cadence = cadence.saved(time.monotonic(), _save(run, state))
+        if (save_due or warned or state.best != best) and stats.finite:
+            cadence = cadence.saved(time.monotonic(), _save(run, state, at_once=warned))
             saved_step = state.step
+    run.watchdog.rest()
     run.tracer.close()
     if reason and run.plan.evaluation_samples and state.evaluated_at < state.progress:
         state = _evaluate(run, state)
     if saved_step < state.step:
         _save(run, state)
+    _finish_saving(run)
     run.recorder.rest(run.engine.clock.lap())
     return Outcome(state, reason or "stop requested", stopped=reason is None)
 
@@ -115,6 +148,23 @@ def _over_the_workers(run: Training, state: TrainState) -> TrainState:
         return state
     run.recorder.decision(state, decision)
     return state.changed(decision.kind, decision.layout)
+
+
+def _asks(run: Training, cadence: Cadence, step: int) -> tuple[bool, bool, bool]:
+    """What rank 0 asks of all: to stop, to save, and to look whether nodes are about to be taken away.
+
+    By time a save is due only once the last one has reached its store, so that nobody waits for it.
+    """
+    save_due = cadence.due(step, time.monotonic(), uploading=run.checkpoints.uploading)
+    return run.stop_requested(), save_due, run.notice.due()
+
+
+def _warned(run: Training) -> bool:
+    """Whether there is notice that nodes will be taken away; every rank asks, since asking is a barrier."""
+    if (told := run.notice.ask()) is None:
+        return False
+    run.recorder.event("preemption", told)
+    return True
 
 
 def _act(
@@ -138,6 +188,7 @@ def _learning_rate(run: Training, state: TrainState) -> float:
 
 def _evaluate(run: Training, state: TrainState) -> TrainState:
     assert run.evaluation_set is not None
+    run.watchdog.rest()
     started = time.perf_counter()
     with run.engine.clock.part("evaluation"):
         metrics = evaluate(run.engine, run.task, run.evaluation_set, batch=run.config.evaluation.batch)
@@ -153,14 +204,26 @@ def _evaluate(run: Training, state: TrainState) -> TrainState:
     return state
 
 
-def _save(run: Training, state: TrainState) -> float:
-    """Save; returns for how many seconds the run was held up."""
+def _save(run: Training, state: TrainState, *, at_once: bool = False) -> float:
+    """Save, and ``at_once`` to the very end; returns for how many seconds the run was held up."""
+    run.watchdog.rest()
     started = time.perf_counter()
     with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
         saved = run.checkpoints.save(run.engine, state)
+        if at_once:
+            run.checkpoints.finish()
     blocked_s = time.perf_counter() - started
     run.recorder.checkpoint(saved, blocked_s)
     return blocked_s
+
+
+def _finish_saving(run: Training) -> None:
+    """Wait for what is still on its way to the store."""
+    started = time.perf_counter()
+    with run.engine.clock.part("checkpoint"), run.recorder.watching_a_checkpoint():
+        run.checkpoints.finish()
+    if (waited_s := time.perf_counter() - started) > NOTICED_S:
+        run.recorder.checkpoint(None, waited_s)
 
 
 def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> None:
@@ -171,8 +234,8 @@ def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> Non
     )
     if stats.finite or searching or state.nonfinite_in_a_row <= allowed:
         return
-    existing = list_checkpoints(run.checkpoints.root)
-    last = f"the last good checkpoint is {existing[-1]}" if existing else "there is no checkpoint yet"
+    newest = run.checkpoints.newest()
+    last = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
     raise NonFiniteLossError(
         f"step {state.step}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g} at learning rate "
         f"{stats.learning_rate:.3g}; {last}. Lower recipe.optimizer.learning_rate, set recipe.clip_norm, check the "
@@ -180,5 +243,6 @@ def _refuse_nonfinite(run: Training, state: TrainState, stats: StepStats) -> Non
     )
 
 
+NOTICED_S = 1e-3
 # DeepSpeed starts at a scale of 2^16 and halves it after each overflow: 16 halvings reach 1.
 FP16_SEARCH_STEPS = 17

@@ -24,10 +24,11 @@ class MemoryGauge:
     device: torch.device
     capacity: int
     """Bytes this worker may take: its device's, or its share of the container's or machine's."""
-    refused: int | None = None
-    """A micro batch that is known not to fit."""
     peaks: dict[int, int] = field(default_factory=dict)
     """Most bytes in use while a micro batch of this size ran; a process never forgets its peak."""
+
+    limit: int | None = None
+    """The largest micro batch that may run, after a larger one ran out of memory."""
 
     def forget(self) -> None:
         """Begin to look for a new peak; a process cannot forget its own."""
@@ -61,9 +62,9 @@ class MemoryGauge:
     def largest_micro_batch(self) -> int | None:
         """The largest micro batch that fits as far as can be told; None before anything has run."""
         if not self.peaks:
-            return None
-        largest = largest_micro_batch(self.peaks, self.usable)
-        return largest if self.refused is None else max(1, min(largest, self.refused - 1))
+            return self.limit
+        found = largest_micro_batch(self.peaks, self.usable)
+        return found if self.limit is None else min(found, self.limit)
 
 
 def largest_micro_batch(peaks: dict[int, int], capacity: int) -> int:

@@ -19,6 +19,7 @@ from orchestrator.config import StorageConfig
 from orchestrator.errors import CorruptDataError, DataError, StorageUnavailableError, did_you_mean
 from orchestrator.storage.filesystem import storage_filesystem
 from orchestrator.storage.store import is_s3, open_store
+from orchestrator.storage.tally import REQUESTS
 
 __all__ = ["PACKING", "ParquetFiles", "RowGroup", "gather", "kind_of", "num_rows", "readable"]
 
@@ -111,7 +112,10 @@ class ParquetFiles:
                 table = file.read_row_group(group.number, columns=list(self.names), use_threads=False)
             table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
-            raise _explained(self.label(index), error) from None
+            explained = _explained(self.label(index), error)
+            if isinstance(explained, StorageUnavailableError):
+                REQUESTS.failed("read")
+            raise explained from None
         if table.num_rows != group.rows:
             raise CorruptDataError(f"{self.label(index)}: holds {table.num_rows} rows and not {group.rows}")
         return {name: _to_column(self.label(index), name, table[name]) for name in self.names}

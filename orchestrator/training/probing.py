@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from orchestrator.job import Dataset
 from orchestrator.planning.probe import ACCUMULATION, Trial, next_micro_batch
-from orchestrator.training.data import Dataset
 from orchestrator.training.engine import Engine
 from orchestrator.training.memory import MemoryGauge
 
@@ -26,7 +26,6 @@ class Probing:
     train_set: Dataset
     memory: MemoryGauge
     rank: int
-    workers: int
     planned: int
     """The micro batch that the run is to begin with."""
     candidates: Sequence[int]

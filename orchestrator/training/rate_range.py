@@ -49,8 +49,8 @@ def range_test(task: Task, config: RunConfig, *, low: float, high: float, steps:
     model = task.model().train()
     optimizer = build_optimizer(model, config.recipe, fused=False)
     add_penalties(optimizer)
-    data = open_dataset(task.datasets().train)
-    stream, batch = Stream(len(data), config.seed), config.recipe.batch
+    data = open_dataset(task.datasets().train, config)
+    stream, batch = Stream.over(data, config.seed), config.recipe.batch
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.errors import StorageError, StorageLostError
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.observation import Decision
-from orchestrator.storage.fence import Fence
+from orchestrator.storage.fence import Guard
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry import observing
 from orchestrator.telemetry.accounting import useful_s
@@ -27,19 +29,20 @@ class Recorder:
     """Appends to the run folder's records, and tells ``publisher`` what becomes a metric.
 
     Ranks other than 0 write nothing and publish only what is about themselves. ``cause`` is what ended the attempt
-    before this one.
+    before this one; ``nodes`` is the node of each rank, where that is known.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        fence: Fence,
+        fence: Guard,
         plan: Plan,
         *,
         rank: int,
         attempt: int,
         cause: str = "",
         facts: RunFacts | None = None,
+        nodes: Sequence[str] = (),
         publisher: Publisher | None = None,
     ) -> None:
         self._folder = folder
@@ -48,11 +51,14 @@ class Recorder:
         self._writes = rank == 0
         self._attempt = attempt
         self._cause = cause
+        self._nodes = list(nodes)
         self._publisher = publisher
         self._observer = RunObserver(facts or RunFacts(plan.reference_batch))
         self._metrics = JsonLines(folder.metrics)
         self._evaluations = JsonLines(folder.evaluations)
         self._decisions = JsonLines(folder.decisions)
+        self._events = JsonLines(folder.events)
+        self._one_event = threading.Lock()
         self._checked_at = 0.0
         self.last_step = 0
         """The last optimizer step that this worker took part in."""
@@ -73,8 +79,14 @@ class Recorder:
         truncate_after(self._folder.metrics, state.step)
         truncate_after(self._folder.evaluations, state.step)
         truncate_after(self._folder.decisions, state.step)
-        record = {"event": "started", "step": state.step, "workers": state.layout.workers, "reason": ""}
+        record: dict[str, object] = {
+            "event": "started",
+            "step": state.step,
+            "workers": state.layout.workers,
+            "reason": "",
+        }
         record["startup_s"] = sum((parts or {}).values())
+        record["nodes"] = self._nodes
         if self._attempt > 1:
             repeated_s = sum(useful_s(record) for record in lost if not record["skipped"])
             record |= {"cause": self._cause, "repeated_samples": repeated, "repeated_s": repeated_s}
@@ -162,14 +174,34 @@ class Recorder:
             yield
         except Exception as error:
             if self._writes and self._publisher is not None:
-                of_storage = isinstance(error, OSError)
+                of_storage = isinstance(error, OSError | StorageError | StorageLostError)
                 self._publisher.note(observing.observe_checkpoint_failure, of_storage=of_storage)
             raise
 
-    def checkpoint(self, saved: Path, duration_s: float) -> None:
-        """Tell of a checkpoint that is whole, for which training waited all the time."""
+    def checkpoint(self, saved: Path | None, duration_s: float) -> None:
+        """Tell of a save for which training waited ``duration_s``; None: ``checkpoint_whole`` tells of the rest."""
         if self._writes and self._publisher is not None:
-            self._publisher.note(_observe_checkpoint, self._observer, saved, duration_s)
+            self._publisher.note(observing.observe_blocked, duration_s)
+            if saved is not None:
+                self._publisher.note(_observe_checkpoint, self._observer, saved, duration_s)
+
+    def checkpoint_whole(self, size_bytes: int, duration_s: float) -> None:
+        """Tell of a checkpoint that has reached its store, ``duration_s`` after its save began."""
+        if self._writes and self._publisher is not None:
+            self._publisher.note(self._observer.checkpoint, duration_s=duration_s, size_bytes=size_bytes)
+
+    def checkpoint_trouble(self, text: str) -> None:
+        """Raise the alarm: a checkpoint does not reach its store. Training goes on."""
+        self.event("checkpoint_trouble", text)
+        if self._writes and self._publisher is not None:
+            self._publisher.note(observing.observe_checkpoint_failure, of_storage=True)
+
+    def event(self, kind: str, text: str) -> None:
+        """Record something that a person should hear of."""
+        if self._writes:
+            with self._one_event:
+                step = {"step": self.last_step, "attempt": self._attempt}
+                self._events.append({"event": kind, "text": text, **step, "time": time.time()})
 
     def rest(self, parts: Mapping[str, float] | None) -> None:
         """Tell of the time after the last step."""
@@ -204,7 +236,7 @@ class Recorder:
 def _observe_checkpoint(meter: Meter, observer: RunObserver, saved: Path, duration_s: float) -> None:
     """In the publisher's thread: looking at every file takes a while."""
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    observer.checkpoint(meter, duration_s=duration_s, blocked_s=duration_s, size_bytes=size)
+    observer.checkpoint(meter, duration_s=duration_s, size_bytes=size)
 
 
 def _scheduling(state: TrainState, stats: StepStats) -> dict[str, object]:

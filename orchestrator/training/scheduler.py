@@ -38,8 +38,14 @@ class Scheduler:
         return self.policy.decide(observe(state, self.plan, self.config, self.memory.largest_micro_batch()))
 
     def refactor(self, state: TrainState) -> Decision | None:
-        """What becomes of the batch when the workers are not those of ``state``; the same answer on every rank."""
+        """What becomes of the batch when the workers are not those of ``state``; the same answer on every rank.
+
+        The same where its micro batch has run out of memory.
+        """
         before, workers, pinned = state.layout, self.plan.layout.workers, self.config.layout
+        if (limit := self.memory.limit) is not None and before.micro_batch > limit:
+            after = refactor(before, workers, at_most=limit)
+            return Decision("refactor", after, f"out of memory: at most {limit} samples in a micro batch")
         if before.workers == workers:
             return None
         after = refactor(before, workers, micro_batch=pinned.micro_batch, accumulation=pinned.accumulation)

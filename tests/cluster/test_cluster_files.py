@@ -87,6 +87,22 @@ def test_compose_mounts_files_that_exist_and_volumes_that_are_declared(compose: 
                 assert (CLUSTER / source).exists(), source
 
 
+def test_volumes_belong_to_the_images_user(compose: dict[str, Any]) -> None:
+    """A new volume has the owner that its folder has in the image, and root where the image has no such folder."""
+    (made,) = [line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if "install --directory" in line]
+    volumes = {volume for name in ("head", "worker") for volume in compose["services"][name]["volumes"]}
+    assert {volume.split(":")[1] for volume in volumes} == set(made.split("--group=1000 ")[1].split())
+
+
+def test_prometheus_sees_every_file_that_names_its_targets(compose: dict[str, Any]) -> None:
+    config = yaml.safe_load((CLUSTER / "prometheus" / "prometheus.yml").read_text())
+    files = [name for job in config["scrape_configs"] for found in job["file_sd_configs"] for name in found["files"]]
+    mounts = [volume.split(":")[1] for volume in compose["services"]["prometheus"]["volumes"]]
+    assert len(files) >= 2
+    for name in files:
+        assert any(name.startswith(f"{mount}/") for mount in mounts), name
+
+
 def test_provisioned_dashboards_are_where_compose_mounts_them(compose: dict[str, Any]) -> None:
     folder = CLUSTER / "grafana-provisioning"
     (provider,) = yaml.safe_load((folder / "dashboards" / "orchestrator.yml").read_text())["providers"]

@@ -235,13 +235,11 @@ def test_a_run_keeps_its_name_and_has_its_own_groups(tools: Tools) -> None:
     assert len(only(found, "RayCluster")["spec"]["workerGroupSpecs"]) == 2
 
 
-def test_disruption_budget_falls_back_where_the_api_is_old(tools: Tools) -> None:
+def test_disruption_budgets_are_the_workers_and_on_request_the_heads(tools: Tools) -> None:
+    """Of today's API; an older server, which gets the older one, is in test_api_server.py."""
     assert only(rendered(tools), "PodDisruptionBudget")["apiVersion"] == "policy/v1"
-    done = tools("helm", "template", "t", str(CHART), "--api-versions", "ray.io/v1", "--kube-version", "1.20.2")
-    assert done.code == 0, done.err
-    versions = {manifest["apiVersion"] for manifest in of_kind(objects(done.out), "PodDisruptionBudget")}
-    assert versions <= {"policy/v1", "policy/v1beta1"}
-    assert versions
+    both = of_kind(rendered(tools, {"podDisruptionBudget": {"protectHead": True}}), "PodDisruptionBudget")
+    assert {budget["spec"]["maxUnavailable"] for budget in both} == {0, 1}
 
 
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:

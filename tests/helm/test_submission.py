@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, Ended
+from commands import Ended, in_this_process
 
 from kube import CHART, Tools
 
-pytestmark = [pytest.mark.k8s, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.k8s,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Unverified HTTPS request"),  # the server's certificate is its own
+]
 
 pytest.importorskip("kubernetes", reason="the Kubernetes client is not installed")
 JOB = ("submit", "jobs.vision:digits", "--kubernetes", "--release", "team-orchestrator", "--namespace", "train")
@@ -31,18 +32,19 @@ def installed(api: Tools) -> Iterator[Tools]:
     api("kubectl", "--namespace", "train", "delete", "rayjobs", "--all")
 
 
-def orchestrator(api: Tools, *words: str, kubeconfig: Path | None = None) -> Ended:
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig or api.kubeconfig), "HOME": str(api.home)}
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *words],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+@pytest.fixture
+def orchestrator(
+    installed: Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """The command line, with a kubeconfig: the administrator's, unless said otherwise."""
+
+    def run(*words: str, kubeconfig: Path | None = None) -> Ended:
+        path = str(kubeconfig or installed.kubeconfig)
+        # The client reads KUBECONFIG when it is imported.
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", path)
+        return in_this_process(monkeypatch, capsys, *words)
+
+    return run
 
 
 def rayjob(api: Tools, name: str) -> dict[str, Any]:
@@ -66,9 +68,9 @@ def as_submitter(api: Tools, folder: Path) -> Path:
     return path
 
 
-def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools) -> None:
+def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orchestrator: Callable[..., Ended]) -> None:
     more = ("--set", "name=first", "--arg", "epochs=3", "--env", "NCCL_DEBUG=INFO", "--pip", "einops==0.8.1")
-    done = orchestrator(installed, *JOB, *more)
+    done = orchestrator(*JOB, *more)
     assert done.code == 0, done.err
     assert "RayJob first in namespace train created" in done.out
     spec = rayjob(installed, "first")["spec"]
@@ -80,24 +82,24 @@ def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools) -> Non
     assert spec["backoffLimit"] == 7
     assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"] == "cpu"
 
-    again = orchestrator(installed, *JOB, *more, "--json")
+    again = orchestrator(*JOB, *more, "--json")
     assert again.code == 0, again.err
     assert again.summary["created"] is False
-    other = orchestrator(installed, *JOB, "--set", "name=first", "--arg", "epochs=4")
+    other = orchestrator(*JOB, "--set", "name=first", "--arg", "epochs=4")
     assert other.code == 2
     assert "exists with another command" in other.err
 
 
-def test_dry_run_asks_the_server_and_stores_nothing(installed: Tools) -> None:
-    done = orchestrator(installed, *JOB, "--set", "name=dry", "--dry-run")
+def test_dry_run_asks_the_server_and_stores_nothing(installed: Tools, orchestrator: Callable[..., Ended]) -> None:
+    done = orchestrator(*JOB, "--set", "name=dry", "--dry-run")
     assert done.code == 0, done.err
     assert "would be accepted" in done.out
     assert "rayjob.ray.io/dry" not in names(installed)
 
 
-def test_the_submitters_role_is_enough(installed: Tools, tmp_path: Path) -> None:
+def test_the_submitters_role_is_enough(installed: Tools, orchestrator: Callable[..., Ended], tmp_path: Path) -> None:
     config = as_submitter(installed, tmp_path)
-    done = orchestrator(installed, *JOB, "--set", "name=mine_1.0", kubeconfig=config)
+    done = orchestrator(*JOB, "--set", "name=mine_1.0", kubeconfig=config)
     assert done.code == 0, done.err
     assert rayjob(installed, "mine-1-0")["spec"]["entrypoint"].endswith("--set name=mine_1.0")
 
@@ -111,8 +113,10 @@ def test_the_submitters_role_is_enough(installed: Tools, tmp_path: Path) -> None
         (("--context", "elsewhere"), "set KUBECONFIG, or --context"),
     ],
 )
-def test_what_is_wrong_is_one_message(installed: Tools, words: tuple[str, ...], said: str) -> None:
-    done = orchestrator(installed, *JOB, "--set", "name=wrong", *words)
+def test_what_is_wrong_is_one_message(
+    installed: Tools, orchestrator: Callable[..., Ended], words: tuple[str, ...], said: str
+) -> None:
+    done = orchestrator(*JOB, "--set", "name=wrong", *words)
     assert done.code == 2
     assert said in done.err
     assert done.err.startswith("error: ")
@@ -120,16 +124,18 @@ def test_what_is_wrong_is_one_message(installed: Tools, words: tuple[str, ...], 
     assert "rayjob.ray.io/wrong" not in names(installed)
 
 
-def test_without_rights_and_without_a_server(installed: Tools, tmp_path: Path) -> None:
+def test_without_rights_and_without_a_server(
+    installed: Tools, orchestrator: Callable[..., Ended], tmp_path: Path
+) -> None:
     config = json.loads(as_submitter(installed, tmp_path).read_text())
     config["users"][0]["user"]["as"] = "nobody"
     (tmp_path / "nobody").write_text(json.dumps(config))
-    refused = orchestrator(installed, *JOB, kubeconfig=tmp_path / "nobody")
+    refused = orchestrator(*JOB, kubeconfig=tmp_path / "nobody")
     assert refused.code == 2
     assert "ask for the chart's role (rbac.subjects)" in refused.err
     config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
     (tmp_path / "dead").write_text(json.dumps(config))
-    dead = orchestrator(installed, *JOB, kubeconfig=tmp_path / "dead")
+    dead = orchestrator(*JOB, kubeconfig=tmp_path / "dead")
     assert dead.code == 2
     assert "the API server does not answer" in dead.err
     assert len(dead.err.strip().splitlines()) == 1, dead.err

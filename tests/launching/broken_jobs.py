@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,6 +16,7 @@ from jobs.vision import MlpTask, mlp
 from orchestrator.job import Job
 
 WRONG_AT = 30
+HUNG = Path("hung-once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,29 @@ class NanTask(MlpTask):
         return loss
 
 
+@dataclasses.dataclass(frozen=True)
+class UnluckyTask(MlpTask):
+    """Has no room for more than 16 samples at a time, and once, in its 30th step, waits on rank 1 for ever."""
+
+    calls: ClassVar[list[int]] = []
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        if model.training and dist.is_initialized():
+            self.calls.append(1)
+            if len(next(iter(batch.values()))) > 16:
+                torch.empty(2**50)
+            if len(self.calls) == WRONG_AT and dist.get_rank() == 1 and not HUNG.exists():
+                HUNG.touch()
+                time.sleep(3600)
+        return super().loss(model, batch)
+
+
 def buggy() -> Job:
     return _with(BuggyTask, "buggy")
+
+
+def unlucky() -> Job:
+    return _with(UnluckyTask, "unlucky")
 
 
 def nan() -> Job:
@@ -63,7 +87,7 @@ class SmallMemoryTask(MlpTask):
     """Runs out of memory on rank 1 alone, above 16 samples at once."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        if dist.get_rank() == 1 and len(batch["label"]) > 16:
+        if dist.is_initialized() and dist.get_rank() == 1 and len(batch["label"]) > 16:
             raise torch.OutOfMemoryError("tried to allocate more than there is")
         return super().loss(model, batch)
 

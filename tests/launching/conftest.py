@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import FIXED, TIMEOUT_S, Ended, environment
+from commands import DIGITS, FIXED, TIMEOUT_S, Ended, environment
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The main job at a fixed batch, left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
+    done = subprocess.run(
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.job import load
-from orchestrator.launching.jobs import Attempt, Extras, choose, command_of, dashboard_address, make_submission
+from orchestrator.launching.jobs import (
+    Attempt,
+    Extras,
+    JobServer,
+    choose,
+    command_of,
+    dashboard_address,
+    make_submission,
+    named,
+)
 from orchestrator.launching.preflight import RunRequest
 
 REQUEST = RunRequest(job="jobs.vision:digits", args=("epochs=3",), overrides=("seed=2",))
@@ -90,6 +102,17 @@ def test_another_command_under_the_name_of_a_living_run_is_refused() -> None:
     assert choose(submission(), [attempt(1, "SUCCEEDED", request="other")]).attempt == 2
 
 
+def test_a_runs_name_is_its_last_attempt_and_an_id_is_that_attempt() -> None:
+    """The first attempt has the run's name for its id."""
+    first, second, third = attempt(1, "STOPPED"), attempt(2, "FAILED"), attempt(3)
+    known = [second, third, first, attempt(1, submission_id="other", run="other")]
+    assert named("digits", known) == third
+    assert named("digits.2", known) == second
+    assert named("digits.1", known) == first
+    assert named("digits", [first]) == named("digits.1", [first]) == first
+    assert named("digit", known) is None
+
+
 def test_exit_codes() -> None:
     codes = [attempt(1, status).exit_code for status in ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED")]
     assert codes == [None, None, 0, 1, 1]
@@ -123,3 +146,46 @@ def test_nothing_is_sent_to_a_place_where_nobody_answers(refuse: Callable[..., s
         message = refuse(*words, "--address", "http://127.0.0.1:9")
         assert message.count("\n") == 0
         assert "no Ray job server answers at http://127.0.0.1:9" in message
+
+
+class Agentless(BaseHTTPRequestHandler):
+    """A head as Ray 2.60 answers while it has no agent: for a moment after its start, or for ever."""
+
+    submissions = 0
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": "s"}
+        self._answer(200, json.dumps([] if self.path == "/api/jobs/" else version))
+
+    def do_POST(self) -> None:
+        type(self).submissions += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(500, "No available agent to submit job, please try again later.")
+
+    def _answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def agentless() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Agentless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_head_whose_agent_never_comes_is_explained(agentless: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", reason="submitting needs ray[default]")
+    (tmp_path / "code.zip").write_bytes(b"zip")
+    server = JobServer(agentless, agent_patience_s=0.6)
+    with pytest.raises(ClusterError, match="another Ray on that machine has the agent's port") as refused:
+        server.start(submission(), choose(submission(), []), str(tmp_path / "code.zip"))
+    assert "--dashboard-agent-listen-port" in str(refused.value)
+    assert str(refused.value).count("\n") == 0
+    assert Agentless.submissions > 1, "it is asked again for a while"

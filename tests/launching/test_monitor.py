@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from orchestrator.launching import monitor
+from orchestrator.launching.hub import forget_the_dead, write_target
 
 Refuse = Callable[..., str]
 
@@ -43,12 +45,11 @@ def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = closed_port()
     first = monitor.up(tmp_path / "prometheus", port=port)
     try:
-        assert monitor.up(tmp_path / "prometheus", port=port) == first
+        assert monitor.up(tmp_path / "prometheus", port=port, hubs=["127.0.0.1:9"]) == first
+        until(lambda: '"127.0.0.1:9"' in asked(f"{first.url}/api/v1/targets"))
         with urllib.request.urlopen(f"{first.url}/api/v1/status/config", timeout=10) as answer:
             config = json.load(answer)["data"]["yaml"]
         assert str(tmp_path / "targets") in config
@@ -56,7 +57,46 @@ def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
             assert len(json.load(answer)["data"]["groups"]) == 2
     finally:
         monitor.down(tmp_path / "prometheus")
+    assert not (tmp_path / "targets" / monitor.GIVEN).exists()
     assert not psutil.pid_exists(first.pid) or psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def asked(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_hub_elsewhere_is_given_by_its_address(refuse: Refuse) -> None:
+    assert refuse("monitor", "up", "--hub", "head") == "--hub head: write it as HOST:PORT, as in head.example:9400"
+
+
+def test_addresses_of_dead_hubs_of_this_machine_are_taken_back(tmp_path: Path) -> None:
+    with socket.socket() as alive:
+        alive.bind(("127.0.0.1", 0))
+        alive.listen()
+        for name, target in {
+            "hub-alive": f"127.0.0.1:{alive.getsockname()[1]}",
+            "hub-dead": f"127.0.0.1:{closed_port()}",
+            "hub-elsewhere": "192.0.2.1:9400",
+            "given": f"127.0.0.1:{closed_port()}",
+        }.items():
+            write_target(tmp_path / f"{name}.json", target)
+        (tmp_path / "hub-strange.json").write_text("no JSON")
+        forget_the_dead(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == {"hub-alive", "hub-elsewhere", "hub-strange", "given"}
 
 
 def test_the_dashboards_are_written_where_asked(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import re
 import shutil
@@ -12,7 +14,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from commands import TIMEOUT_S, environment
 
 from orchestrator.telemetry.accounting import account
 from orchestrator.telemetry.dashboards import DASHBOARDS, expressions
-from orchestrator.telemetry.metrics import TABLE
+from orchestrator.telemetry.metrics import PARTS, TABLE
+from orchestrator.telemetry.observing import SPEED_MEMORY_S
+from orchestrator.telemetry.progress import Estimator
 from orchestrator.telemetry.records import read
-from orchestrator.telemetry.rules import RECORDED
+from orchestrator.telemetry.rules import ALERTS, RECORDED
 
 pytestmark = [
     pytest.mark.ray,
@@ -33,15 +37,33 @@ pytestmark = [
 ]
 
 TTL_S = 3.0
+TOKENS, PEAK = 64, 1e11
 OPTIONS = {
-    "recipe.stop.epochs": 70,
+    "recipe.stop.epochs": 200,
     "policy.name": "goodput",
     "checkpoint.interval_steps": 60,
     "telemetry.ttl_s": TTL_S,
-    "telemetry.tokens_per_sample": 64,
-    "telemetry.flops_per_sample": 1e8,
-    "telemetry.peak_flops_per_s": 1e11,
+    "telemetry.progress_interval_s": 1000,
+    "telemetry.trackers": "tensorboard",
+    "telemetry.tokens_per_sample": TOKENS,
+    "telemetry.peak_flops_per_s": PEAK,
 }
+RECORDED_AS = {
+    "loss": "loss",
+    "gradient_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "global_batch_samples": "global_batch",
+    "micro_batch_samples": "micro_batch",
+    "accumulation_micro_batches": "accumulation",
+    "workers": "workers",
+    "run_samples": "samples",
+    "run_epoch": "epoch",
+    "run_progress_samples": "progress",
+    "last_step_timestamp_seconds": "time",
+    "noise_scale_samples": "noise_scale",
+    "noise_scale_low_samples": "noise_scale_low",
+}
+"""Gauges that are a field of the last step's record."""
 Samples = list[tuple[float, float]]
 
 
@@ -51,9 +73,25 @@ class Monitored:
 
     folder: Path
     url: str
-    err: str
+    said: str
+    """Standard output and error."""
     hub_killed_at: float
     worker_killed_at: float
+    stopped_at: float
+
+    @property
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """The run's own records, by step."""
+        return {record["step"]: dict(record) for record in read(self.folder / "metrics.jsonl")}
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        return [dict(record) for record in read(self.folder / "attempts.jsonl")]
+
+    @property
+    def started(self) -> list[float]:
+        """When each attempt started."""
+        return [record["time"] for record in self.attempts if record["event"] == "started"]
 
     def ask(self, path: str, **query: Any) -> Any:
         url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
@@ -75,7 +113,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     place = tmp_path_factory.mktemp("monitored")
     env = {**environment(place), "ORCHESTRATOR_TARGETS": str(place / "targets")}
     monitor = [sys.executable, "-m", "orchestrator", "monitor"]
-    words = ["up", "--folder", "prometheus", "--port", str(free_port()), "--json"]
+    words = ["up", "--folder", "prometheus", "--port", str(free_port()), "--interval", "1", "--json"]
     done = subprocess.run([*monitor, *words], cwd=place, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     url = json.loads(done.stdout)["url"]
@@ -90,22 +128,25 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
 
 def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
     words = [sys.executable, "-m", "orchestrator", "run", "jobs.vision:digits", "--arg", "batch=16"]
+    words += ["--profile", "10:12"]
     for name, value in {**OPTIONS, "telemetry.port": free_port()}.items():
         words += ["--set", f"{name}={value}"]
     folder = place / "runs" / "digits"
     process = subprocess.Popen(words, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        until(lambda: steps(folder) >= 130, process)
-        found = Monitored(folder, url, "", 0.0, 0.0)
+        until(lambda: has_lived(folder), process)
+        found = Monitored(folder, url, "", 0.0, 0.0, 0.0)
         until(lambda: since(found, 'orchestrator_rank_seconds_total{part="forward",rank="0"}', 0.0) > 4, process)
         hub_killed_at = time.time()
         process_named(process, "HubActor").send_signal(signal.SIGKILL)
-        until(lambda: since(found, "orchestrator_run_step", hub_killed_at + 3) > 1, process)
+        until(lambda: since(found, "orchestrator_run_step", hub_killed_at + 3) > 2, process)
         worker_killed_at = time.time()
         process_named(process, "RayTrainWorker").send_signal(signal.SIGKILL)
-        until(lambda: restarted_at(folder) is not None, process)
-        again = restarted_at(folder) or 0.0
-        until(lambda: since(found, 'orchestrator_rank_step_seconds{rank="1"}', again) > 4, process)
+        until(lambda: len(found.started) > 1, process)
+        until(lambda: since(found, 'orchestrator_rank_step_seconds{rank="1"}', found.started[1]) > 4, process)
+        # Recorded every 15 s: the last rule to have something is a rate over the second attempt too.
+        until(lambda: all(found.scraped(name) for name in RECORDED), process)
+        stopped_at = time.time()
         process.terminate()  # it saves, and has been watched for long enough
         out, _ = process.communicate(timeout=TIMEOUT_S)
         assert "run the same command again" in out, out
@@ -113,17 +154,14 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=TIMEOUT_S)
-    return Monitored(folder, url, out, hub_killed_at, worker_killed_at)
+    return Monitored(folder, url, out, hub_killed_at, worker_killed_at, stopped_at)
 
 
-def steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def restarted_at(folder: Path) -> float | None:
-    """When the second attempt started."""
-    return next((r["time"] for r in read(folder / "attempts.jsonl") if r["attempt"] == 2), None)
+def has_lived(folder: Path) -> bool:
+    """Whether there has been an evaluation, a change of the batch, and a checkpoint to go on from."""
+    decided = [r for r in read(folder / "decisions.jsonl") if r["event"] == "decided" and r["kind"] == "grow"]
+    checkpoints = list(folder.glob("checkpoints/step-*/manifest.json"))
+    return bool(decided and checkpoints and read(folder / "evaluations.jsonl"))
 
 
 def since(found: Monitored, selector: str, moment: float) -> int:
@@ -156,25 +194,69 @@ def test_every_metric_of_the_table_is_there(monitored: Monitored) -> None:
 
 def test_samples_are_exact(monitored: Monitored) -> None:
     """What was scraped is what was recorded; a cursor that was lost with an attempt was on its way there."""
-    kept = {record["samples"] for record in read(monitored.folder / "metrics.jsonl")}
-    started = [r["time"] for r in read(monitored.folder / "attempts.jsonl") if r["event"] == "started"]
     scraped = monitored.only("orchestrator_run_samples")
-    seen = [value for moment, value in scraped if moment > started[-1]]
-    assert seen
-    assert set(seen) <= kept
-    counted, repeated = (
-        monitored.only("orchestrator_samples_total"),
-        monitored.only("orchestrator_repeated_samples_total"),
-    )
-    again = [r for r in read(monitored.folder / "attempts.jsonl") if r.get("repeated_samples")]
-    assert max(value for _, value in repeated) == sum(r["repeated_samples"] for r in again)
+    counted = monitored.only("orchestrator_samples_total")
+    repeated = monitored.only("orchestrator_repeated_samples_total")
+    again = sum(record.get("repeated_samples", 0) for record in monitored.attempts)
+    assert max(value for _, value in repeated) == again
     first = dict(counted)
     for moment, cursor in scraped:
         if moment < monitored.worker_killed_at:
             assert first[moment] == cursor, "nothing has been repeated yet"
     # Of the attempt that was killed only the last second had not been told.
     untold = scraped[-1][1] + repeated[-1][1] - counted[-1][1]
-    assert 0 <= untold <= sum(r["repeated_samples"] for r in again) + 2_000
+    assert 0 <= untold <= again + 2_000
+
+
+def second_attempt(monitored: Monitored, name: str, labels: str = "") -> dict[float, float]:
+    """What was scraped of the second attempt while it trained, by moment; a scrape's values are of one snapshot."""
+    begin, end = monitored.started[1], monitored.stopped_at
+    moments = {moment for moment, _ in monitored.only("orchestrator_run_step") if begin < moment < end}
+    known = monitored.only(f"orchestrator_{name}{labels}")
+    return {moment: value for moment, value in known if moment in moments}
+
+
+def test_what_is_scraped_is_the_last_steps_record(monitored: Monitored) -> None:
+    records, steps = monitored.steps, second_attempt(monitored, "run_step")
+    assert len(steps) > 4
+    for name, field in RECORDED_AS.items():
+        for moment, value in second_attempt(monitored, name).items():
+            assert value == records[int(steps[moment])][field], name
+    kept = {value for record in read(monitored.folder / "evaluations.jsonl") for value in record["metrics"].values()}
+    for samples in monitored.scraped("orchestrator_evaluation").values():
+        assert samples[-1][1] in kept
+
+
+def test_counters_and_times_are_the_sum_of_the_records(monitored: Monitored) -> None:
+    """Between any scrape of the second attempt and its first one."""
+    records, steps = monitored.steps, second_attempt(monitored, "run_step")
+    begin = min(steps)
+    counters = {name: second_attempt(monitored, f"{name}_total") for name in ("steps", "samples", "tokens")}
+    parts = {p: second_attempt(monitored, "step_part_seconds_sum", f'{{part="{p}"}}') for p in PARTS}
+    for moment, step in steps.items():
+        between = [records[n] for n in range(int(steps[begin]) + 1, int(step) + 1)]
+        samples = sum(record["global_batch"] for record in between)
+        rose = {name: values[moment] - values[begin] for name, values in counters.items()}
+        assert rose == {"steps": len(between), "samples": samples, "tokens": TOKENS * samples}
+        for part, values in parts.items():
+            recorded = sum(record["parts"].get(part, 0.0) for record in between)
+            assert values[moment] - values[begin] == pytest.approx(recorded, rel=0.02, abs=1e-3)
+
+
+def test_speed_and_flops_follow_from_the_records(monitored: Monitored) -> None:
+    steps, speeds = second_attempt(monitored, "run_step"), second_attempt(monitored, "samples_per_second")
+    estimator, expected = Estimator(SPEED_MEMORY_S), dict[int, float | None]()
+    for record in monitored.steps.values():
+        if record["attempt"] == 2:
+            estimator = estimator.after(record)
+            expected[record["step"]] = estimator.samples_per_s
+    for moment, speed in speeds.items():
+        assert speed == pytest.approx(expected[int(steps[moment])])
+    flops = json.loads((monitored.folder / "plan.json").read_text())["flops_per_sample"]
+    for moment, value in second_attempt(monitored, "model_flops_per_second").items():
+        assert value == pytest.approx(flops * speeds[moment] / 2), "what the planner traced"
+    for moment, value in second_attempt(monitored, "mfu_ratio").items():
+        assert value == pytest.approx(flops * speeds[moment] / 2 / PEAK)
 
 
 def test_counters_never_fall(monitored: Monitored) -> None:
@@ -193,13 +275,18 @@ def test_the_gap_of_the_killed_hub_is_visible_and_nothing_else(monitored: Monito
     assert any(monitored.hub_killed_at < moment < monitored.worker_killed_at for moment in moments)
     starts = {value for _, value in monitored.only("orchestrator_hub_start_timestamp_seconds")}
     assert len(starts) == 2, "the hub was started again"
-    attempts = [r["attempt"] for r in read(monitored.folder / "attempts.jsonl") if r["event"] == "started"]
-    assert attempts == [1, 2], "it cost no attempt; the worker did"
+    answers = [one for samples in monitored.scraped('up{job="orchestrator"}').values() for one in samples]
+    gone = [moment for moment, up in answers if not up and moment > monitored.hub_killed_at]
+    assert gone
+    before, after = max(m for m in moments if m < gone[0]), min(m for m in moments if m > gone[0])
+    steps = dict(monitored.only("orchestrator_run_step"))
+    assert steps[after] > steps[before], "it trained on"
+    assert len(monitored.started) == 2, "it cost no attempt; the worker did"
 
 
 def test_a_killed_rank_disappears_and_comes_back_and_its_loss_is_counted(monitored: Monitored) -> None:
     moments = [moment for moment, _ in monitored.only('orchestrator_rank_step_seconds{rank="1"}')]
-    back = next(r["time"] for r in read(monitored.folder / "attempts.jsonl") if r["attempt"] == 2)
+    back = monitored.started[1]
     away = [m for m in moments if monitored.worker_killed_at + TTL_S + 1 < m < back - 1]
     assert not away
     assert any(moment > back for moment in moments)
@@ -208,25 +295,48 @@ def test_a_killed_rank_disappears_and_comes_back_and_its_loss_is_counted(monitor
     assert any(value == 1 for _, value in restarting)
 
 
-def test_times_are_the_recorded_ones(monitored: Monitored) -> None:
-    records = read(monitored.folder / "metrics.jsonl")
-    parts = [record["parts"] for record in records]
-    assert sum(sum(part.values()) for part in parts[1:120]) == pytest.approx(
-        records[119]["time"] - records[0]["time"], rel=0.02
+def test_the_parts_are_the_wall_time(monitored: Monitored) -> None:
+    records = list(monitored.steps.values())
+    for one, other in itertools.pairwise([0, *(n for n, r in enumerate(records) if r["step"] % 50 == 0)]):
+        if records[one]["attempt"] == records[other]["attempt"]:
+            parts = [sum(record["parts"].values()) for record in records[one + 1 : other + 1]]
+            assert sum(parts) == pytest.approx(records[other]["time"] - records[one]["time"], rel=0.02)
+    for rank in "01":  # by the clock of Prometheus; a scrape shows a snapshot that is up to a second old, at both ends
+        by_time: dict[float, float] = {}
+        for samples in monitored.scraped(f'orchestrator_rank_seconds_total{{rank="{rank}"}}').values():
+            for moment, value in samples:
+                by_time[moment] = by_time.get(moment, 0.0) + value
+        inside = sorted(moment for moment in by_time if moment > monitored.started[1])[1:]
+        took = inside[-1] - inside[0]
+        assert by_time[inside[-1]] - by_time[inside[0]] == pytest.approx(took, rel=0.02, abs=1.5)
+
+
+def test_goodput_and_lost_time_are_those_of_the_records(monitored: Monitored) -> None:
+    """Of a moment up to two seconds before the scrape: that old the driver's word may be."""
+    ratios = [(m, value) for m, value in monitored.only("orchestrator_goodput_ratio") if m < monitored.stopped_at]
+    scraped, ratio = ratios[-1]
+    lost = {
+        dict(labels)["cause"]: dict(samples)[scraped]
+        for labels, samples in monitored.scraped("orchestrator_lost_seconds_total").items()
+    }
+    told = [_told(monitored, scraped - tenths / 10) for tenths in range(25)]
+    assert any(ratio == pytest.approx(expected, rel=0.02) for expected, _ in told)
+    assert lost["worker_lost"] > 1
+    assert any(sum(lost.values()) == pytest.approx(sum(by.values()), rel=0.02) for _, by in told)
+    # What the driver saw of steps that are gone from the records, their evaluations say, lies in the gap there.
+    for cause in ("startup", "repeated"):
+        assert any(lost[cause] == pytest.approx(by[cause], rel=0.02) for _, by in told if cause in by), cause
+    beside = told[0][1]
+    assert all(lost[cause] >= 0.98 * seconds for cause, seconds in beside.items() if cause in ("evaluation", "other"))
+
+
+def _told(monitored: Monitored, moment: float) -> tuple[float | None, Mapping[str, float]]:
+    """Goodput ratio and lost time at ``moment``, from the run's own records."""
+    known = account(
+        [record for record in monitored.attempts if record["time"] <= moment],
+        [record for record in monitored.steps.values() if record["time"] <= moment],
     )
-    scraped = monitored.scraped('orchestrator_rank_seconds_total{rank="0"}')
-    by_time: dict[float, float] = {}
-    for samples in scraped.values():
-        for moment, value in samples:
-            by_time[moment] = by_time.get(moment, 0.0) + value
-    inside = sorted(m for m in by_time if monitored.hub_killed_at - 60 < m < monitored.hub_killed_at)[1:]
-    took = inside[-1] - inside[0]
-    # A scrape shows the last snapshot, which is up to a second old, at both ends.
-    assert by_time[inside[-1]] - by_time[inside[0]] == pytest.approx(took, rel=0.02, abs=1.5)
-    last_moment, ratio = monitored.only("orchestrator_goodput_ratio")[-1]
-    until_then = [r for r in records if r["time"] <= last_moment]
-    known = account([r for r in read(monitored.folder / "attempts.jsonl") if r["time"] <= last_moment], until_then)
-    assert ratio == pytest.approx(known.goodput_ratio(last_moment), abs=0.03)
+    return known.goodput_ratio(moment), known.lost_s
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.uid)
@@ -244,7 +354,35 @@ def test_rules_are_evaluated(monitored: Monitored) -> None:
     assert all(rule["health"] == "ok" for rule in rules), [r for r in rules if r["health"] != "ok"]
     for name in RECORDED:
         assert monitored.scraped(name), name
+    asked = {one for alert in ALERTS for one in re.findall(r"\borchestrator_\w+(?:\{[^}]*\})?", alert.expr)}
+    assert len(asked) > 15
+    for selector in asked:
+        assert monitored.scraped(selector), f"an alert asks for {selector}"
+    assert monitored.scraped('up{job="orchestrator"}')
 
 
-def test_the_run_says_where_its_metrics_are(monitored: Monitored) -> None:
-    assert re.search(r"^metrics at http://127\.0\.0\.1:\d+/metrics$", monitored.err, re.MULTILINE)
+def test_the_hub_took_its_address_back(monitored: Monitored) -> None:
+    assert list((monitored.folder.parents[1] / "targets").glob("*.json")) == []
+
+
+def test_a_trace_and_a_trackers_files_lie_in_the_runs_folder(monitored: Monitored) -> None:
+    (trace,) = (monitored.folder / "traces").iterdir()
+    assert trace.name == "steps-10-12-rank-0.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "aten::conv2d" in names
+    (events,) = (monitored.folder / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/loss") >= len(monitored.steps)
+
+
+def test_the_terminal_and_the_report_tell_the_same(monitored: Monitored) -> None:
+    said = monitored.said
+    assert re.search(r"^metrics at http://127\.0\.0\.1:\d+/metrics$", said, re.MULTILINE)
+    assert len(re.findall(r"^step [\d,]+  ", said, re.MULTILINE)) == 2, "the first and the last: a line every 1000 s"
+    again = r"^workers were lost and replaced; going on from step \d+ \(worker lost; [\d,]+ samples are taken again\)$"
+    assert re.search(again, said, re.MULTILINE)
+    assert re.search(r"^  time +\w+ \d+ %  ", said, re.MULTILINE)
+    assert re.search(r"^  goodput +\d+ % of the wall time; lost: ", said, re.MULTILINE)
+    assert re.search(r"^  restarts +1 worker lost$", said, re.MULTILINE)
+    report = (monitored.folder / "report.html").read_text()
+    for words in ("Where the time went", "lost: worker lost", "Decisions", "its workers ended without a word"):
+        assert words in report

@@ -124,3 +124,14 @@ def test_a_run_that_another_process_owns(refuse: Refuse, tmp_path: Path) -> None
         lock.release()
     assert "is owned by process" in message
     assert "--set name=" in message
+
+
+@pytest.mark.parametrize("steps", ["20", "0:3", "a:b", "20,25"])
+def test_steps_to_profile_are_a_range(refuse: Refuse, steps: str) -> None:
+    assert refuse("run", MLP, "--profile", steps) == (
+        f"--profile {steps}: write it as FIRST:LAST, steps counted from 1, as in 20:25"
+    )
+
+
+def test_steps_to_profile_rise(refuse: Refuse) -> None:
+    assert "the range falls: write 20,25" in refuse("run", MLP, "--profile", "25:20")

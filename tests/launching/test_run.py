@@ -14,55 +14,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from commands import FIXED, REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import (
+    DIGITS,
+    FIXED,
+    REPOSITORY,
+    TIMEOUT_S,
+    Ended,
+    environment,
+    losses,
+    records,
+    wait_for_step,
+    workers_of,
+)
 
 pytestmark = pytest.mark.ray
 
-DIGITS = "jobs.vision:digits"
 RAY = Path(sys.executable).with_name("ray")
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """The main job at a fixed batch, left alone."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
-    done = subprocess.run(
-        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    path = folder / name
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-
-def losses(folder: Path) -> list[float]:
-    found = records(folder)
-    assert [record["step"] for record in found] == list(range(1, len(found) + 1)), "each step once, in order"
-    return [record["loss"] for record in found]
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(record["step"] >= step for record in records(folder)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Ray names its processes after what they run."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
 
 
 def test_main_job_reaches_its_accuracy(undisturbed: Ended) -> None:

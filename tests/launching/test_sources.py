@@ -105,7 +105,7 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
         ("a.png", b"no image", "does not begin as an image does"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 at byte 0"),
         ("a.txt", b"a\0b", "holds a zero byte"),
-        ("a.csv", b"x,y\n1,2\n1\n", "does not fit the first file's columns"),
+        ("a.csv", b"x,y\n1,2\n1\n", "cannot be read as CSV"),
         ("a.csv", b"x,y\n1,2\n,3\n", "column 'x' has 1 empty values"),
         ("a.npy", b"\x93NUMPY", "cannot be read as an array"),
     ],

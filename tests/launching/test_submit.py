@@ -1,4 +1,7 @@
-"""Submission to a real Ray head with token authentication: success, failure, stop, twice, and what goes wrong."""
+"""Submission to a real Ray head with token authentication: success, failure, stop, twice, and what goes wrong.
+
+The tests share one head and stand in the order in which its story goes: the last ones kill it and start another.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment, in_this_process
 
 from orchestrator.errors import ClusterLostError
 from orchestrator.launching.jobs import JobServer
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client says so to aiohttp
+]
 
 TOKEN = "right-token-0123456789"
 DIGITS = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=1")
@@ -41,24 +48,23 @@ class Head:
     home: Path
     temporary: Path
 
-    def environment(self, token: str | None) -> dict[str, str]:
-        auth = {} if token is None else {"RAY_AUTH_TOKEN": token}
+    def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in environment(self.home).items() if not key.startswith("RAY_")}
-        return {**kept, **auth, "RAY_API_SERVER_ADDRESS": self.address}
+        return {**kept, "RAY_AUTH_TOKEN": TOKEN, "RAY_API_SERVER_ADDRESS": self.address}
 
-    def start(self, *words: str, token: str | None = TOKEN) -> subprocess.Popen[str]:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "orchestrator", *words],
             cwd=REPOSITORY,
-            env=self.environment(token),
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def __call__(self, *words: str, token: str | None = TOKEN) -> Ended:
-        process = self.start(*words, token=token)
+    def __call__(self, *words: str) -> Ended:
+        process = self.start(*words)
         out, err = process.communicate(timeout=TIMEOUT_S)
         return Ended(process.returncode, out, err)
 
@@ -74,11 +80,16 @@ class Head:
         except OSError:
             return False
 
-    def ids(self) -> list[str]:
-        return [job["submission_id"] for job in self.get("/api/jobs/") if job["submission_id"]]
+    def cpus(self) -> float:
+        """CPUs of the nodes that have joined: the job server answers before its own node is there."""
+        nodes = self.get("/api/v0/nodes?detail=1")["data"]["result"]["result"] if self.answers() else []
+        return sum(node["resources_total"].get("CPU", 0.0) for node in nodes if node["state"] == "ALIVE")
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        return {job["submission_id"]: job for job in self.get("/api/jobs/") if job["submission_id"]}
 
     def log(self, submission_id: str) -> str:
-        return str(self.get(f"/api/jobs/{submission_id}/logs")["logs"]) if submission_id in self.ids() else ""
+        return str(self.get(f"/api/jobs/{submission_id}/logs")["logs"]) if submission_id in self.jobs() else ""
 
 
 def start_head(folder: Path) -> Head:
@@ -89,7 +100,9 @@ def start_head(folder: Path) -> Head:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     words = ["start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += [f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=150000000"]
-    words += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    # Ray's own default for the agent is one fixed port: the second head of a machine would be without its agent.
+    words += ["--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"]
+    words += [f"--metrics-export-port={free_port()}"]
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *words, f"--temp-dir={temporary}"],
@@ -100,29 +113,27 @@ def start_head(folder: Path) -> Head:
             start_new_session=True,
         )
     head = Head(process, f"http://127.0.0.1:{port}", folder, temporary)
-    wait_until(head.answers, process, folder / "head.log")
-    # It answers before its own node is there, and a cluster without nodes is too small for any run.
-    too_large = ("submit", "jobs.vision:digits", "--set", "scale.workers=3")
-    wait_until(lambda: "has 2 CPUs" in head(*too_large).err, process, folder / "head.log")
+    wait_until(lambda: head.cpus() == 2, process, folder / "head.log")
     return head
 
 
 def end_head(head: Head) -> None:
-    """Kill the head and all that it started, at once, as a lost machine would."""
-    family = [head.process.pid, *(child.pid for child in psutil.Process(head.process.pid).children(recursive=True))]
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    head.process.wait()
+    """Kill the head and all that it started, at once, as a lost machine would; once is enough."""
+    if head.process.poll() is None:
+        own = psutil.Process(head.process.pid)
+        for pid in (own.pid, *(child.pid for child in own.children(recursive=True))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.process.wait()
     shutil.rmtree(head.temporary, ignore_errors=True)
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: Path | None = None) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT_S
     while not ready():
         assert process.poll() is None, log.read_text() if log else process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -134,9 +145,29 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     pytest.importorskip("aiohttp_cors", reason="a head that takes jobs needs ray[default]")
+    pytest.importorskip("ray.job_submission")  # before a test's own streams are there, which Ray's log would keep
     started = start_head(tmp_path_factory.mktemp("head"))
     yield started
     end_head(started)
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: Head
+) -> Iterator[Callable[..., Ended]]:
+    """The command line in this process."""
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
+    def run(*words: str, token: str | None = TOKEN) -> Ended:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+        for name, value in {"RAY_AUTH_MODE": token and "token", "RAY_AUTH_TOKEN": token}.items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        reset_auth_token_state()  # a process reads them once
+        return in_this_process(monkeypatch, capsys, *words)
+
+    yield run
+    monkeypatch.undo()
+    reset_auth_token_state()
 
 
 @pytest.fixture(scope="module")
@@ -145,57 +176,80 @@ def finished(head: Head) -> Ended:
     return head("submit", *DIGITS, "--env", "MY_FLAG=1")
 
 
-def test_success_is_followed_and_ends_with_zero(finished: Ended, head: Head) -> None:
+def test_success_is_followed_and_ends_with_zero(finished: Ended, here: Callable[..., Ended]) -> None:
     assert finished.code == 0, finished.err
     for wanted in ("plan for digits", "samples/s", "evaluation at step", "digits: finished"):
         assert wanted in finished.out
         assert finished.out.count("digits: finished") == 1
     assert "sending" in finished.err
     assert "plan for digits" in finished.err, "it was checked here, against the cluster, before it was sent"
-    assert head("status", "digits", "--json").summary["status"] == "SUCCEEDED"
-    logged = head("logs", "digits")
+    assert here("status", "digits", "--json").summary["status"] == "SUCCEEDED"
+    assert [job["submission_id"] for job in here("jobs", "--json").summary] == ["digits"]
+    logged = here("logs", "digits")
     assert logged.out == finished.out, "followed and read afterwards are the same text"
     assert TOKEN not in finished.out + finished.err + logged.out
 
 
-def test_submitting_it_again_is_harmless(finished: Ended, head: Head) -> None:
-    again = head("submit", *DIGITS, "--env", "MY_FLAG=1", "--json")
+def test_submitting_it_again_is_harmless(finished: Ended, head: Head, here: Callable[..., Ended]) -> None:
+    again = here("submit", *DIGITS, "--env", "MY_FLAG=1", "--json")
     assert again.code == 0, again.err
     assert "finished already" in again.err
     assert again.summary["submission_id"] == "digits"
-    assert head.ids().count("digits") == 1
+    assert set(head.jobs()) == {"digits"}
 
 
-def test_two_submissions_are_one_run_and_stop_saves(head: Head) -> None:
-    first = head.start("submit", *LONG)
-    wait_until(lambda: head.log("long").count("samples/s") > 1, first)
-    second = head("submit", *LONG, "--no-follow", "--json")
+@pytest.fixture(scope="module")
+def first(head: Head) -> Iterator[subprocess.Popen[str]]:
+    """A long run that is submitted and followed, and trains."""
+    process = head.start("submit", *LONG)
+    wait_until(lambda: head.log("long").count("samples/s") > 1, process)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_two_submissions_are_one_run(first: subprocess.Popen[str], head: Head, here: Callable[..., Ended]) -> None:
+    second = here("submit", *LONG, "--no-follow", "--json")
     assert second.summary["status"] == "RUNNING"
-    other = head("submit", *LONG, "--set", "seed=3")
+    other = here("submit", *LONG, "--set", "seed=3")
     assert other.code == 2
     assert "with another command" in other.err
+    assert "long.2" not in head.jobs()
 
-    stopped = head("stop", "long", "--json")
+
+def test_a_reader_that_goes_away_ends_the_command_and_not_the_run(first: subprocess.Popen[str], head: Head) -> None:
+    """As ``orchestrator logs long --follow | head`` does."""
+    watching = head.start("logs", "long", "--follow")
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    assert watching.stdout.readline()
+    watching.stdout.close()
+    assert watching.wait(TIMEOUT_S) == 1
+    assert watching.stderr.read() == ""
+    watching.stderr.close()
+    assert head.jobs()["long"]["status"] == "RUNNING"
+
+
+def test_stop_saves(first: subprocess.Popen[str], head: Head, here: Callable[..., Ended]) -> None:
+    stopped = here("stop", "long", "--json")
     assert stopped.code == 0
     assert stopped.summary["status"] == "STOPPED"
     out, err = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 1
     assert "run the same command again to go on from the checkpoint" in out
     assert "long: stopped" in err
-    assert "long.2" not in head.ids()
-    folder = head.home / "orchestrator" / "runs" / "long"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((head.home / "orchestrator" / "runs" / "long" / "summary.json").read_text())
     assert summary["state"] == "stopped"
     assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}"), "the last step was saved"
 
 
-def test_failure_ends_with_the_runs_own_code(head: Head) -> None:
+def test_failure_ends_with_the_runs_own_code(head: Head, here: Callable[..., Ended]) -> None:
     """Wrong on the cluster only: there the folder cannot be written."""
-    refused = head("submit", *DIGITS, "--set", "name=broken", "--set", "checkpoint.uri=/proc/nowhere")
-    assert refused.code == 2
+    refused = here("submit", *DIGITS, "--set", "name=broken", "--set", "checkpoint.uri=/proc/nowhere")
+    assert refused.code == 2, refused.err
     assert "cannot write the run's folder" in refused.out
     assert "Traceback" not in refused.out + refused.err
-    waited = head("wait", "broken", "--json")
+    waited = here("wait", "broken", "--json")
     assert waited.code == 2
     assert waited.summary["status"] == "FAILED"
 
@@ -210,18 +264,20 @@ def test_failure_ends_with_the_runs_own_code(head: Head) -> None:
         (("--working-dir", "/nonexistent"), "give a folder"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sent(head: Head, words: tuple[str, ...], said: str) -> None:
-    refused = head("submit", *DIGITS, "--set", "name=never", *words)
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    head: Head, here: Callable[..., Ended], words: tuple[str, ...], said: str
+) -> None:
+    refused = here("submit", *DIGITS, "--set", "name=never", *words)
     assert refused.code == 2
     assert said in refused.err
     assert refused.err.splitlines()[-1].startswith("error: ")
-    assert "never" not in head.ids()
+    assert "never" not in head.jobs()
 
 
 @pytest.mark.parametrize(("token", "said"), [(None, "wants a token"), ("wrong-token-0123456789", "refuses the token")])
-def test_token_that_is_missing_or_wrong(head: Head, token: str | None, said: str) -> None:
+def test_token_that_is_missing_or_wrong(here: Callable[..., Ended], token: str | None, said: str) -> None:
     for words in (("submit", *DIGITS), ("jobs",)):
-        refused = head(*words, token=token)
+        refused = here(*words, token=token)
         assert refused.code == 2
         assert said in refused.err
         assert len(refused.err.strip().splitlines()) == 1, refused.err
@@ -229,14 +285,14 @@ def test_token_that_is_missing_or_wrong(head: Head, token: str | None, said: str
         assert "wrong-token" not in refused.err
 
 
-def test_unknown_run_is_answered_with_the_known(finished: Ended, head: Head) -> None:
-    refused = head("status", "digit")
+def test_unknown_run_is_answered_with_the_known(finished: Ended, here: Callable[..., Ended]) -> None:
+    refused = here("status", "digit")
     assert refused.code == 2
     assert "did you mean 'digits'" in refused.err
 
 
-def test_plain_ray_job_submit_is_the_same_run(head: Head) -> None:
-    own = {**head.environment(TOKEN), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": head.address}
+def test_plain_ray_job_submit_is_the_same_run(head: Head, here: Callable[..., Ended]) -> None:
+    own = {**head.environment(), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": head.address}
     entrypoint = ["python", "-m", "orchestrator", "run", *DIGITS, "--set", "name=plain", "--arg", "epochs=1"]
     words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--submission-id", "plain"]
     done = subprocess.run(
@@ -250,21 +306,38 @@ def test_plain_ray_job_submit_is_the_same_run(head: Head) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "plain: finished" in done.stdout
-    assert head("wait", "plain", "--json").summary["exit_code"] == 0
+    assert here("wait", "plain", "--json").summary["exit_code"] == 0
 
 
-def test_dead_head_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: Head) -> None:
-    """With a head of its own, killed under a run that is being followed."""
-    doomed = start_head(tmp_path)
-    try:
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
-        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-        assert doomed("submit", *LONG, "--no-follow").code == 0
-        server = JobServer(doomed.address, patience_s=2)
-        attempt = server.attempt("long")
-        wait_until(lambda: "samples/s" in server.logs(attempt), doomed.process)
-    finally:
-        end_head(doomed)
+def test_a_stopped_run_that_is_submitted_again_goes_on(head: Head, here: Callable[..., Ended]) -> None:
+    stopped_at = json.loads((head.home / "orchestrator" / "runs" / "long" / "summary.json").read_text())["step"]
+    again = here("submit", *LONG, "--no-follow", "--json")
+    assert again.code == 0, again.err
+    assert (again.summary["submission_id"], again.summary["attempt"]) == ("long.2", 2)
+    wait_until(lambda: "samples/s" in head.log("long.2"), head.process)
+    logged = here("logs", "long").out
+    assert f"going on from checkpoint step-{stopped_at:08d}" in logged, "the name stands for the newest attempt"
+    assert here("status", "long.1", "--json").summary["status"] == "STOPPED"
+
+
+def test_a_lost_cluster_is_said_and_another_one_goes_on_with_the_run(
+    head: Head, here: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is killed under the run that is being followed; its successor has the same folder and nothing else."""
+    assert here("status", "long", "--json").summary["status"] == "RUNNING"
+    server = JobServer(head.address, patience_s=2)
+    attempt = server.attempt("long")
+    end_head(head)
     with pytest.raises(ClusterLostError, match="lost the cluster while following long"):
         server.follow(attempt, str, str)
-    assert doomed("status", "long").code == 2
+    assert here("status", "long").code == 2
+
+    successor = start_head(head.home)
+    try:
+        monkeypatch.setattr(head, "address", successor.address)
+        again = here("submit", *LONG, "--no-follow", "--json")
+        assert (again.code, again.summary["submission_id"]) == (0, "long"), again.err
+        wait_until(lambda: "samples/s" in successor.log("long"), successor.process)
+        assert "going on from checkpoint step-" in successor.log("long")
+    finally:
+        end_head(successor)

@@ -154,3 +154,10 @@ def test_where_accumulation_is_pinned_a_smaller_batch_is_a_remedy() -> None:
     batch = int(said.partition("=")[2])
     for size, fits in ((batch, True), (2 * batch, False)):
         assert choose(made, replace(space, layouts=((size // made.workers, 1),))).fits is fits
+
+
+def test_one_worker_whose_stage_is_pinned_is_told_what_would_fit() -> None:
+    made = setting({"zero_stage": 0, "offload": "none"}, workers=1, parameters=8_000_000_000)
+    space = space_of(made.config, made.profile, 8, 1, on_accelerator=True)
+    assert not choose(made, space).fits
+    assert smallest_changes(made, space, 8), "offload and another stage together, or more workers"

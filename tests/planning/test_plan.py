@@ -28,6 +28,7 @@ from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.probe import Probe, Trial
 
 CPUS = ClusterShape(nodes=1, cpus=8)
 A100S = ClusterShape(nodes=1, cpus=64, accelerators=8, accelerator="A100")
@@ -400,3 +401,13 @@ def test_preconditioned_noise_needs_adam_and_its_state() -> None:
             layout={"zero_stage": 0, "precision": "bf16"},
         )
     plan(policy=policy, recipe={"optimizer": AdamW(learning_rate=0.1)})
+
+
+def test_a_probe_bounds_the_micro_batch_also_where_nothing_could_be_traced() -> None:
+    made = plan(evaluation_samples=0)
+    place = (made.layout.workers, made.nodes, made.precision, made.zero_stage, made.offload)
+    refused = made.layout.micro_batch // 2
+    probe = Probe("cpu", *place, made.activation_checkpointing, (Trial(refused, None),))
+    again = make_plan(config(), CPUS, train_samples=1000, evaluation_samples=0, probe=probe)
+    assert again.layout.global_batch == made.layout.global_batch
+    assert again.layout.micro_batch < refused

@@ -17,10 +17,10 @@ from settings import GIB, chosen, setting
 
 
 def tried(planned: int, candidates: list[int], peak: Callable[[int], float], capacity: float) -> list[Trial]:
-    """All trials on a device of ``capacity`` bytes where a micro batch has this peak."""
+    """All trials on a device of ``capacity`` GiB where a micro batch has this peak."""
     trials: list[Trial] = []
-    while (size := next_micro_batch(trials, candidates, planned=planned, capacity_bytes=capacity)) is not None:
-        trials.append(Trial(size, int(peak(size)) if peak(size) <= capacity else None, 0.1, 0.04))
+    while (size := next_micro_batch(trials, candidates, planned=planned, capacity_bytes=GIB * capacity)) is not None:
+        trials.append(Trial(size, int(GIB * peak(size)) if peak(size) <= capacity else None, 0.1, 0.04))
     return trials
 
 

@@ -33,14 +33,18 @@ def test_what_lies_where() -> None:
         "metrics": "metrics.jsonl",
         "evaluations": "evaluations.jsonl",
         "decisions": "decisions.jsonl",
+        "events": "events.jsonl",
         "attempts": "attempts.jsonl",
+        "failure_log": "failures.jsonl",
         "checkpoints": "checkpoints",
         "summary": "summary.json",
         "report": "report.html",
         "logs": "logs",
         "control": ".control",
+        "probe": "probe.json",
         "failures": ".control/failures",
         "outcome": ".control/outcome.json",
+        "change": ".control/change.json",
         "stop_request": ".control/stop",
     }
 

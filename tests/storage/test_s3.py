@@ -18,6 +18,7 @@ from orchestrator.errors import StorageError, StorageUnavailableError
 from orchestrator.storage.filesystem import storage_filesystem
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.store import open_store
+from orchestrator.storage.tally import REQUESTS, Operation, Trouble
 from s3_server import BUCKET, KEY, READER, READER_SECRET, Weed
 
 pytestmark = pytest.mark.s3
@@ -93,6 +94,43 @@ def test_an_unknown_profile(s3: Weed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(listed("s3://bucket/x")).endswith("correct AWS_PROFILE, or add the profile")
 
 
+# -- what is counted ---------------------------------------------------------------------------
+
+
+def trouble(operation: Operation, act: Callable[[], Any]) -> Trouble:
+    """Requests of ``operation`` that were tried again, and that failed, while ``act`` ran."""
+    before = REQUESTS.troubles().get(operation, Trouble(0, 0))
+    act()
+    after = REQUESTS.troubles()[operation]
+    return Trouble(after.retries - before.retries, after.errors - before.errors)
+
+
+def test_a_refusal_is_an_error_and_an_object_that_is_not_there_is_none(
+    s3: Weed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trouble("read", lambda: open_store(place()).stat("missing")) == Trouble(0, 0)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    assert trouble("write", lambda: refusal(lambda: open_store(place()).write("a", b""))) == Trouble(0, 1)
+
+
+def test_a_store_that_does_not_answer_costs_retries_and_then_an_error(s3: Weed) -> None:
+    (port,) = s3_server._free_ports(1)
+    dead = listed("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{port}", retry_budget_s=0.1)
+    found = trouble("list", lambda: refusal(dead))
+    assert found.errors == 1
+    assert found.retries >= 3, "botocore's own, and ours"
+
+
+def test_markers_of_folders_are_no_objects(s3: Weed) -> None:
+    store = open_store(place())
+    prefix = store.uri.removeprefix(f"s3://{BUCKET}/")
+    for key in (f"{prefix}/", f"{prefix}/logs/", f"{prefix}/logs/file"):
+        s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"")
+    assert [entry.key for entry in store.list()] == ["logs/file"]
+    assert list(store.list(deep=False)) == []
+
+
 # -- checksums ---------------------------------------------------------------------------------
 
 
@@ -153,7 +191,9 @@ def faults(s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
     store, data = open_store(place()), {f"{n:03d}": secrets.token_bytes(1000) for n in range(60)}
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda key: store.write(key, data[key]), data))
+        found = trouble("write", lambda: list(pool.map(lambda key: store.write(key, data[key]), data)))
+        assert found.errors == 0
+        assert found.retries >= 3, "of sixty requests twelve are refused"
         assert dict(zip(data, pool.map(store.read, data), strict=True)) == data
     assert [entry.key for entry in store.list()] == sorted(data)
     large = secrets.token_bytes(20 * MIB)

@@ -56,6 +56,8 @@ def test_listing_is_by_prefix_and_in_order(make: MakeStore) -> None:
     assert [entry.key for entry in store.list()] == ["a", "b/10", "b/2", "b/c/d", "b2"]
     assert [(entry.key, entry.size_bytes) for entry in store.list("b/")] == [("b/10", 4), ("b/2", 3), ("b/c/d", 5)]
     assert [entry.key for entry in store.list("b/c")] == ["b/c/d"]
+    assert [entry.key for entry in store.list(deep=False)] == ["a", "b2"]
+    assert [entry.key for entry in store.list("b/", deep=False)] == ["b/10", "b/2"]
     store.delete("b/10", "b/c/d", "none")
     assert [entry.key for entry in store.list()] == ["a", "b/2", "b2"]
 
@@ -116,3 +118,32 @@ def test_a_folder_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"Not a directory|File exists"):
         open_store(str(tmp_path / "file")).write("a", b"")
+
+
+def test_a_copy_has_the_same_bytes(make: MakeStore) -> None:
+    store = make()
+    store.write("a/b", b"one")
+    store.copy("a/b", "c/d")
+    store.write("a/b", b"two")
+    assert store.read("c/d") == b"one"
+    with pytest.raises(NotFoundError):
+        store.copy("none", "e")
+
+
+def test_a_version_differs_once_the_object_was_written_again(make: MakeStore) -> None:
+    store = make()
+    store.write("a", b"one")
+    (before,) = store.list()
+    assert list(store.list()) == [before]
+    store.write("a", b"two")
+    (after,) = store.list()
+    assert (before.version, before.size_bytes) != (after.version, after.size_bytes)
+
+
+def test_what_was_left_half_written_is_collected(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a/b", b"one")
+    (tmp_path / "a" / ".writing-0123").write_bytes(b"tw")
+    assert store.collect("a/") == 1
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert store.collect() == 0

@@ -14,9 +14,11 @@ from orchestrator.telemetry.observing import (
     RunFacts,
     RunObserver,
     observe_account,
+    observe_blocked,
     observe_checkpoint_failure,
     observe_memory,
     observe_parts,
+    observe_requests,
     observe_state,
 )
 
@@ -113,7 +115,8 @@ def test_events() -> None:
     meter, observer = Meter(), RunObserver(FACTS)
     observer.decision(meter, {"kind": "grow", "then": {"goodput": 70.0}})
     observer.evaluation(meter, {"duration_s": 0.5, "metrics": {"accuracy": 0.9, "loss": None}})
-    observer.checkpoint(meter, duration_s=3.0, blocked_s=1.0, size_bytes=7)
+    observe_blocked(meter, 1.0)
+    observer.checkpoint(meter, duration_s=3.0, size_bytes=7)
     observe_checkpoint_failure(meter, of_storage=True)
     observe_memory(meter, used=1, reserved=2, peak=3, limit=4)
     counted, found = counters(meter), gauges(meter)
@@ -124,6 +127,14 @@ def test_events() -> None:
     assert (counted["checkpoint_blocked_seconds_total"], found["checkpoint_seconds"]) == (1.0, 3.0)
     assert (counted["checkpoint_failures_total"], counted["storage_errors_total|checkpoint"]) == (1, 1)
     assert found["device_memory_peak_bytes"] == 3
+
+
+def test_storage_is_counted_where_it_is_used_and_only_told_here() -> None:
+    meter = Meter()
+    for retries in (3, 5):
+        observe_requests(meter, "write", retries=retries, errors=1)
+    counted = counters(meter)
+    assert (counted["storage_retries_total|write"], counted["storage_errors_total|write"]) == (5, 1)
 
 
 def test_exactly_one_state_holds() -> None:

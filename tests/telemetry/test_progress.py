@@ -239,3 +239,78 @@ def test_rich_is_loaded_only_for_a_terminal() -> None:
         "sys.exit('rich' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- where the time goes -----------------------------------------------------------------------
+
+PARTS = {"data_wait": 0.05, "forward": 0.1, "backward": 0.2, "communication": 0.1, "other": 0.05, "evaluation": 0.001}
+
+
+def test_shares_are_of_the_last_half_minute_and_of_this_attempt() -> None:
+    slow = [step(n, parts={"data_wait": 0.5}) for n in range(1, 10)]
+    later = [step(9 + n, parts={"forward": 0.5}, time=1100 + n / 2) for n in range(1, 240)]
+    assert estimated(*slow).shares == {"data_wait": 1.0}
+    assert estimated(*slow).goodput_ratio == 0.0
+    assert estimated(*slow, *later).goodput_ratio == pytest.approx(1.0, abs=0.01)
+    again = [step(3, attempt=2, time=5000.0), step(4, attempt=2, time=5000.5, parts={"backward": 0.5})]
+    assert estimated(*slow, *again).shares == {"backward": 1.0}
+    assert estimated(step(1), step(2)).goodput_ratio is None
+
+
+def test_a_timed_step_shows_its_goodput_and_drops_it_before_its_speed() -> None:
+    estimator = estimated(step(39, parts=PARTS), step(40, parts=PARTS))
+    lines = {
+        width: progress_line(step(40), now=9.0, started=0.0, width=width, estimator=estimator) for width in (130, 66)
+    }
+    assert lines[130] == (
+        "step 40  2,560 samples  40.0 %  loss 0.4321  128 samples/s  batch 64  lr 1.2e-3  goodput 80 %  30.0 s left"
+    )
+    assert lines[66] == "step 40  40.0 %  loss 0.4321  128 samples/s  30.0 s left"
+
+
+def test_a_terminal_shows_below_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream, clock = io.StringIO(), Clock()
+    with Display(stream, interactive=True, interval_s=99.0, clock=clock, width=110) as display:
+        for n in (1, 2):
+            clock.now = n / 2
+            display.step(step(n, parts=PARTS))
+    below = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", stream.getvalue())
+    assert "backward 40 %  forward 20 %  communication 20 %  data wait 10 %  other 10 %" in below
+    assert "evaluation" not in below, "too small to be worth a place"
+
+
+def test_a_run_sets_how_often_its_lines_come() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Display(stream, interactive=False, interval_s=1000.0, clock=clock) as display:
+        display.pace(5.0)
+        for n in range(1, 25):
+            clock.now = n / 2
+            display.step(step(n))
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1",
+        "step 11",
+        "step 21",
+        "step 24",
+    ]
+
+
+def test_summary_tells_where_the_time_went_and_what_failed() -> None:
+    result = {
+        "name": "digits", "state": "finished", "step": 450, "samples": 28_740, "loss": 0.0182, "metrics": {},
+        "samples_per_s": 1234.5, "wall_s": 23.31, "goodput_ratio": 0.812,
+        "lost_s": {"startup": 3.0, "worker_lost": 9.0},
+        "restarts": {"worker_lost": 2, "memory": 1}, "parts_s": {"forward": 3.0, "backward": 6.0, "data_wait": 1.0},
+    }  # fmt: skip
+    assert (
+        summary(result)
+        == """\
+digits: finished
+  training loss  0.0182
+  steps          450 (28,740 samples)
+  speed          1,234 samples/s, 23.3 s in all
+  time           backward 60 %  forward 30 %  data wait 10 %
+  goodput        81 % of the wall time; lost: worker lost 9.0 s, startup 3.0 s
+  restarts       2 worker lost, 1 memory
+  checkpoint     none"""
+    )

@@ -128,6 +128,9 @@ def test_an_attempt_that_was_killed_says_so(fake_run: Maker) -> None:
     run = fake_run(120, restart_at=50)
     text = Page(render(dataclasses.replace(run, attempts=[run.attempts[0], *run.attempts[2:]]))).text
     assert "lost: its workers ended without a word" in text
+    again = {**run.attempts[2], "cause": "memory"}
+    text = Page(render(dataclasses.replace(run, attempts=[run.attempts[0], again, *run.attempts[3:]]))).text
+    assert "lost: memory" in text
 
 
 def test_a_run_between_attempts_is_stopped(fake_run: Maker) -> None:

@@ -21,12 +21,18 @@ STEPS = [
 EVALUATION = {"step": 3, "time": 1e9 + 3, "metrics": {"accuracy": 0.5, "broken": None}}
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.telemetry.trackers.FAREWELL_S", 300.0)
+
+
 def track(*names: str, folder: Path, state: str = "finished") -> None:
     tracking = Tracking(lambda: make_trackers(names, run="digits", folder=folder, config=CONFIG))
     for record in STEPS:
         tracking.step(record)
     tracking.evaluation(EVALUATION)
     tracking.close(state)
+    assert tracking.trouble() == []
 
 
 def test_tensorboard_has_every_finite_scalar(tmp_path: Path) -> None:
@@ -100,6 +106,8 @@ def test_one_that_fails_is_left_out_and_the_others_go_on() -> None:
     tracking.close("failed")
     assert (failing.steps, failing.state) == ([1], "")
     assert (sound.steps, sound.state) == ([1, 2, 3], "failed")
+    assert tracking.trouble() == ["a tracker failed and is left out from here on: ConnectionError: its server is away"]
+    assert tracking.trouble() == [], "said once"
 
 
 def test_one_that_cannot_be_made_costs_nothing() -> None:
@@ -109,6 +117,7 @@ def test_one_that_cannot_be_made_costs_nothing() -> None:
     tracking = Tracking(make)
     tracking.step(STEPS[0])
     tracking.close("finished")
+    assert len(tracking.trouble()) == 1
 
 
 def test_one_that_hangs_holds_nobody_up() -> None:

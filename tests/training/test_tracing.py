@@ -28,6 +28,7 @@ def test_the_chosen_steps_are_traced_and_the_run_is_the_same(two: GlooGroup, tmp
     (file,) = (tmp_path / "traced" / "traces").iterdir()
     assert file.name == f"steps-2-{last}-rank-0.json.gz"
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    linear = [event for event in events if event.get("name") == "aten::linear"]
-    layers = sum(type(layer).__name__ == "Linear" for layer in mlp().modules())
-    assert len(linear) == layers * (min(last, 5) - 1)
+    # Not the linear layers: once a process has had a stage 3 engine, DeepSpeed's own function stands in their place.
+    called = [event for event in events if event.get("name") == "aten::gelu"]
+    layers = sum(type(layer).__name__ == "GELU" for layer in mlp().modules())
+    assert len(called) == layers * (min(last, 5) - 1)

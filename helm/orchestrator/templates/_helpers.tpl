@@ -81,6 +81,7 @@ capabilities:
   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (toString .Values.termination.drainSeconds)
   "RAY_JOB_STOP_WAIT_TIME_S" (toString .Values.termination.stopSeconds) -}}
 {{- with .Values.gcsFaultTolerance }}{{ if .enabled }}{{ $_ := set $env "RAY_gcs_rpc_server_reconnect_timeout_s" (toString .reconnectTimeoutSeconds) }}{{ end }}{{ end -}}
+{{- if ne (toString .Values.monitoring.podMonitor) "false" }}{{ $_ := set $env "ORCHESTRATOR_HUB_BIND" "0.0.0.0" }}{{ end -}}
 {{- with .Values.storage.s3.endpointUrl }}{{ $_ := set $env "AWS_ENDPOINT_URL" . }}{{ end -}}
 {{- with .Values.storage.s3.region }}{{ $_ := mergeOverwrite $env (dict "AWS_REGION" . "AWS_DEFAULT_REGION" .) }}{{ end -}}
 {{- range $name, $value := mergeOverwrite $env (deepCopy .Values.env) }}

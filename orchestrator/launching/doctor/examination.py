@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, StorageConfig
 from orchestrator.launching.doctor.cluster import embedded_cluster, existing_cluster, here_instead
 from orchestrator.launching.doctor.finding import Finding, problem
 from orchestrator.launching.doctor.hardware import accelerators, cpus, memory, open_files, shared_memory
@@ -37,9 +37,11 @@ from orchestrator.launching.doctor.storage import (
     disk,
     no_folder,
     runs_folder,
+    runs_in_store,
     temporary_folder,
     temporary_is_usable,
 )
+from orchestrator.storage.store import is_s3
 
 __all__ = ["Machine", "examine"]
 
@@ -90,11 +92,17 @@ def examine(
     checks = [
         *_of_machine(frameworks, machine, environment),
         _of_cluster(frameworks, machine, environment, address=address, config=config, home=home),
-        *([Check("storage.runs", partial(no_folder, uri))] if home is None else _of_runs(home, machine, config)),
+        *([_elsewhere(uri, config)] if home is None else _of_runs(home, machine, config)),
     ]
     started = [(check, _start(check.run)) for check in checks]
     deadline = time.monotonic() + DEADLINE_S
     return [finding for check, future in started for finding in _outcome(check, future, deadline)]
+
+
+def _elsewhere(uri: str, config: RunConfig | None) -> Check:
+    if is_s3(uri):
+        return Check("storage.runs", partial(runs_in_store, uri, config.storage if config else StorageConfig()))
+    return Check("storage.runs", partial(no_folder, uri))
 
 
 def _of_machine(frameworks: Future[Frameworks], machine: Machine, environment: Mapping[str, str]) -> list[Check]:

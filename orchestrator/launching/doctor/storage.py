@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.errors import explain_oserror
+from orchestrator.config import StorageConfig
+from orchestrator.errors import StorageError, explain_oserror
 from orchestrator.launching.doctor.finding import Finding, ok, problem, warning
 from orchestrator.launching.doctor.probes import DiskUsage
+from orchestrator.storage.stored_run import StoredRun
 from orchestrator.telemetry.human import size
 
-__all__ = ["disk", "no_folder", "runs_folder", "temporary_folder", "temporary_is_usable"]
+__all__ = ["disk", "no_folder", "runs_folder", "runs_in_store", "temporary_folder", "temporary_is_usable"]
 
 GIB = 2**30
 OTHER_FOLDER = "--set checkpoint.uri=/another/folder"
@@ -25,9 +27,19 @@ SOCKET_PATH_BYTES = 107
 
 
 def no_folder(uri: str) -> list[Finding]:
-    """Runs cannot be kept at a URL."""
-    detail = f"{uri}: only folders of this machine or a shared filesystem can be used"
+    """Runs cannot be kept at other URLs than S3's."""
+    detail = f"{uri}: only folders of this machine or a shared filesystem, and s3://BUCKET/PREFIX, can be used"
     return [problem("storage.runs", detail, "--set checkpoint.uri=runs")]
+
+
+def runs_in_store(uri: str, config: StorageConfig) -> list[Finding]:
+    """Whether runs can write where they would lie in S3."""
+    try:
+        StoredRun.reached(f"{uri.rstrip('/')}/doctor", config)
+    except StorageError as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return [problem("storage.runs", detail, remedy)]
+    return [ok("storage.runs", f"{uri} can be read and written")]
 
 
 def runs_folder(folder: Path) -> list[Finding]:

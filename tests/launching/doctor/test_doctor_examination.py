@@ -15,6 +15,7 @@ from orchestrator.launching.doctor.examination import Check, Machine, _outcome, 
 from orchestrator.launching.doctor.finding import Finding, breaks_a_run
 from orchestrator.launching.doctor.probes import Cluster, Frameworks
 from orchestrator.planning.cluster import ClusterShape
+from s3_server import Weed
 
 GIB = 2**30
 
@@ -79,7 +80,7 @@ def test_an_ill_machine_gets_a_remedy_for_everything_that_is_not_ok(tmp_path: Pa
         frameworks=lambda: Frameworks(failure="importing torch: it crashed (SIGSEGV)"),
         disk_usage=lambda _: (100 * GIB, 100 * GIB, 0),
     )
-    findings = examine(folder="s3://bucket/runs", environment=environment, machine=ill)
+    findings = examine(folder="gs://bucket/runs", environment=environment, machine=ill)
     wrong = [f for f in findings if f.status != "ok"]
     assert {"import.torch", "cluster", "storage.runs", "disk.temporary", "network.hostname"} <= {f.check for f in wrong}
     assert all(f.remedy for f in wrong)
@@ -144,8 +145,22 @@ def test_a_cluster_that_is_named_is_held_against_this_machine(tmp_path: Path) ->
 
 
 def test_a_url_is_no_folder() -> None:
-    found = examine(folder="s3://bucket/runs", environment={"HOME": "/"}, machine=healthy())
+    found = examine(folder="gs://bucket/runs", environment={"HOME": "/"}, machine=healthy())
     [runs] = [f for f in found if f.check == "storage.runs"]
-    reason = "s3://bucket/runs: only folders of this machine or a shared filesystem can be used"
+    reason = (
+        "gs://bucket/runs: only folders of this machine or a shared filesystem, and s3://BUCKET/PREFIX, can be used"
+    )
     assert runs == Finding("storage.runs", "problem", reason, "--set checkpoint.uri=runs")
     assert not {"disk.runs", "lock.run", "checkpoint.draft"} & {f.check for f in found}
+
+
+@pytest.mark.s3
+def test_a_place_in_s3_is_written_to(s3: Weed) -> None:
+    def found(uri: str) -> Finding:
+        findings = examine(folder=uri, environment={"HOME": "/"}, machine=healthy())
+        return next(each for each in findings if each.check == "storage.runs")
+
+    assert found("s3://bucket/runs") == Finding("storage.runs", "ok", "s3://bucket/runs can be read and written", "")
+    missing = found("s3://no-such-bucket/runs")
+    assert missing.status == "problem"
+    assert missing.remedy == "create it, or correct the address"

@@ -1,0 +1,171 @@
+"""The policy that gives devices to whoever gets the most out of them (``fleet.worth`` says what that is).
+
+The sum of what runs have is maximised exactly (``fleet.knapsack``), under these rules:
+
+1. **Nobody starves.** A run that has waited ``longest_wait_s``, or since then had less than ``least_share`` of its
+   smallest size, must run, before everything else; it then keeps running until it is ``term_s`` ahead of that. If there
+   are more of those than devices, the one that lacks most is first.
+2. **Quotas.** First each queue is given what is best for it within its quota (queues without one share what quotas
+   leave); then what is left goes to whoever is worth most, on top of that. Borrowed devices go back when their owner
+   asks.
+3. **No losing move.** If what could be placed is worth less than leaving every run where it is, they are left there,
+   and only free devices are given out. (Not with quotas: what an owner takes back may well be worth less to it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.fleet.answer import answer
+from orchestrator.fleet.cluster import Fleet
+from orchestrator.fleet.knapsack import Problem, solve
+from orchestrator.fleet.placement import Choice, Placed, Wish, place
+from orchestrator.fleet.quotas import check_quotas, limits
+from orchestrator.fleet.rating import Options, options
+from orchestrator.fleet.view import Allocations, JobView
+from orchestrator.fleet.worth import Worth, worth
+
+__all__ = ["GoodputPolicy"]
+
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class GoodputPolicy:
+    """Maximise what the devices are worth to the runs."""
+
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    """Devices that each queue is sure of."""
+    longest_wait_s: float = 1800.0
+    term_s: float = 600.0
+    least_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_quotas(self.quotas)
+
+    def allocate(self, jobs: Sequence[JobView], nodes: Mapping[str, tuple[str, int]], now_s: float) -> Allocations:
+        """The allocation worth most."""
+        fleet = Fleet.of(jobs, nodes)
+        rated = options(fleet)
+        due = self._due(fleet)
+        judged = _insisting(worth(fleet, rated, now_s), rated, due)
+        picked = self._picked(fleet, rated, judged)
+        placed = _place(fleet, rated, judged, picked)
+        if not self.quotas:
+            placed = _no_worse(fleet, rated, judged, picked, placed)
+        notes = {job: ("it had waited its longest",) for job in due if fleet.current[job] is None}
+        return answer(fleet, rated, placed, notes, {})
+
+    def _due(self, fleet: Fleet) -> list[int]:
+        """Jobs that must run now: as many as fit at their smallest, those that lack most first."""
+        lacking = []
+        for index, job in enumerate(fleet.jobs):
+            smallest = job.workers_range[0]
+            late_s = job.age_s - self.longest_wait_s
+            lacks_s = self.least_share * late_s - job.attained_device_s / smallest
+            if fleet.current[index] is not None:
+                lacks_s += self.term_s
+            if late_s >= 0.0 and (lacks_s > 0.0 or job.attained_device_s <= 0.0):
+                lacking.append((-lacks_s, index, smallest))
+        free, due = fleet.devices, []
+        for _, index, smallest in sorted(lacking):
+            if smallest <= free:
+                due.append(index)
+                free -= smallest
+        return due
+
+    def _picked(self, fleet: Fleet, rated: Options, judged: Worth) -> Index:
+        """The row of each job, -1 for none."""
+        nothing = np.zeros(0, np.intp)
+        queue, limit = limits(fleet, self.quotas)
+        whole = Problem(
+            owner=rated.owner,
+            devices=rated.devices,
+            kind=rated.kind,
+            value=judged.value,
+            idle=judged.idle,
+            capacity=np.array(fleet.capacity, np.intp),
+            queue=queue,
+            limit=limit,
+        )
+        first = solve(whole)
+        if len(limit) == 0:
+            return first
+        has = first >= 0
+        sure = np.where(has, rated.devices[first], 0) if len(rated.devices) else np.zeros(len(first), np.intp)
+        kind = np.where(has, rated.kind[first], -1) if len(rated.devices) else sure
+        grows = ~has[rated.owner] | ((rated.kind == kind[rated.owner]) & (rated.devices >= sure[rated.owner]))
+        value = np.where(grows, judged.value, -np.inf)
+        insisted = np.where(has, -_beyond(judged), judged.idle)
+        return solve(replace(whole, value=value, idle=insisted, queue=np.full(len(first), -1), limit=nothing))
+
+
+def _beyond(judged: Worth) -> float:
+    """More than all options together are worth."""
+    return 1.0 + float(np.abs(judged.value[np.isfinite(judged.value)]).sum() + np.abs(judged.idle).sum())
+
+
+def _insisting(judged: Worth, rated: Options, due: Sequence[int]) -> Worth:
+    """With waiting made worse than anything for those that must run."""
+    idle = judged.idle.copy()
+    most = np.zeros(len(idle))
+    np.maximum.at(most, rated.owner, judged.value)
+    idle[list(due)] = -(1.0 + float(most.sum() + np.abs(judged.idle).sum()))
+    return replace(judged, idle=idle)
+
+
+def _no_worse(
+    fleet: Fleet, rated: Options, judged: Worth, picked: Index, placed: dict[int, Placed]
+) -> dict[int, Placed]:
+    """What was placed; or what runs now and what fits beside it, where that is worth more."""
+    standing = judged.stays >= 0
+    if (judged.stays == picked)[standing].all():
+        return placed
+    unmoved = _place(fleet, rated, judged, np.where(standing, judged.stays, picked))
+    return placed if _total(judged, placed) >= _total(judged, unmoved) else unmoved
+
+
+def _place(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[int, Placed]:
+    wishes = []
+    for job in np.flatnonzero(picked >= 0):
+        here = fleet.current[job]
+        stays = int(judged.stays[job])
+        rows = _instead(rated, judged, int(job), int(picked[job]))
+        wishes.append(
+            Wish(
+                job=int(job),
+                choices=tuple(
+                    Choice(int(rated.kind[row]), int(rated.devices[row]), float(judged.value[row]), row) for row in rows
+                ),
+                idle=float(judged.idle[job]),
+                here=here.devices_per_node if here is not None and stays >= 0 else None,
+                stays=rows.index(stays) if stays in rows else -1,
+                moving=float(judged.moving[job]),
+            )
+        )
+    return place(fleet, wishes)
+
+
+def _instead(rated: Options, judged: Worth, job: int, picked: int) -> list[int]:
+    """What was picked, then what takes no more of its type, or leaves it where it is, the best first."""
+    stays = int(judged.stays[job])
+    if picked == stays:
+        return [picked]
+    others = [
+        row
+        for row in rated.of(job)
+        if row == stays or (rated.kind[row] == rated.kind[picked] and rated.devices[row] <= rated.devices[picked])
+    ]
+    return [picked, *sorted((row for row in others if row != picked), key=lambda row: -judged.value[row])]
+
+
+def _total(judged: Worth, placed: Mapping[int, Placed]) -> float:
+    total = 0.0
+    for job, idle in enumerate(judged.idle):
+        here = placed.get(job)
+        total += float(idle) if here is None else here.choice.value - here.moved * float(judged.moving[job])
+    return total

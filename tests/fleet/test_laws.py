@@ -1,0 +1,147 @@
+"""What holds for every policy, every cluster and every set of runs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleets import NOW_S, clusters, fleets, job, nodes, running
+from orchestrator.errors import ConfigError
+from orchestrator.fleet import POLICIES, Allocations, JobView, Policy, make_policy
+
+Given = tuple[list[JobView], dict[str, tuple[str, int]]]
+QUOTAS = {"a": 4, "b": 6}
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+@every_policy
+@settings(max_examples=120)
+@given(given=fleets(), quotas=st.sampled_from([None, QUOTAS]))
+def test_an_answer_is_possible(name: str, given: Given, quotas: dict[str, int] | None) -> None:
+    jobs, cluster = given
+    answer = make_policy(name, quotas=quotas).allocate(jobs, cluster, NOW_S)
+    assert set(answer) == {view.name for view in jobs}
+    assert set(answer.waiting) == {view.name for view in jobs if answer[view.name] is None}
+    check_devices(jobs, cluster, answer)
+
+
+def check_devices(jobs: list[JobView], cluster: dict[str, tuple[str, int]], answer: Allocations) -> None:
+    """Never over capacity, within the job's range, one type, no more nodes than needed, a layout that fits."""
+    used: dict[str, int] = defaultdict(int)
+    largest: dict[str, int] = defaultdict(int)
+    for kind, devices in cluster.values():
+        largest[kind] = max(largest[kind], devices)
+    for view in jobs:
+        given = answer[view.name]
+        if given is None:
+            continue
+        low, high = view.workers_range
+        assert low <= given.devices <= high
+        assert given.devices == given.layout.workers
+        assert len(given.devices_per_node) == math.ceil(given.devices / largest[given.device_type])
+        assert {cluster[node][0] for node in given.devices_per_node} == {given.device_type}
+        if given != view.current:
+            assert view.batch_range[0] <= given.layout.global_batch <= view.batch_range[1]
+            assert view.micro_batch_range[0] <= given.layout.micro_batch <= view.micro_batch_range[1]
+        assert given.reasons
+        for node, devices in given.devices_per_node.items():
+            used[node] += devices
+    assert all(devices <= cluster[node][1] for node, devices in used.items())
+
+
+@every_policy
+@settings(max_examples=40)
+@given(given=fleets(), order=st.randoms(use_true_random=False))
+def test_the_same_input_has_the_same_answer_in_any_order(name: str, given: Given, order: Any) -> None:
+    jobs, cluster = given
+    first = make_policy(name).allocate(jobs, cluster, NOW_S)
+    order.shuffle(jobs)
+    turned = dict(reversed(cluster.items()))
+    again = make_policy(name).allocate(jobs, turned, NOW_S)
+    assert first == again
+    assert first.waiting == again.waiting
+    assert [one and one.reasons for one in first.values()] == [again[key] and again[key].reasons for key in first]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["fair", "goodput"])
+@settings(max_examples=60)
+@given(given=fleets(most_jobs=7))
+def test_nobody_borrows_while_its_owner_could_use_it(name: str, given: Given) -> None:
+    """A queue that waits with a run that its quota still has room for: no other queue is above its own."""
+    jobs, _ = given
+    cluster = nodes(gpu=(2, 8))
+    fresh = [JobView(**(vars(view) | {"current": None, "workers_range": (1, view.workers_range[1])})) for view in jobs]
+    answer = make_policy(name, quotas={"a": 4, "b": 6, "c": 6}).allocate(fresh, cluster, NOW_S)
+    used: dict[str, int] = defaultdict(int)
+    for view in fresh:
+        used[view.queue] += answer[view.name].devices if answer[view.name] else 0  # type: ignore[union-attr]
+    sure = {"a": 4, "b": 6, "c": 6}
+    for view in fresh:
+        if answer[view.name] is None and used[view.queue] + view.workers_range[0] <= sure[view.queue]:
+            assert all(used[queue] <= sure[queue] for queue in sure)
+
+
+@settings(max_examples=15)
+@given(cluster=clusters(), count=st.integers(1, 10), known=st.booleans())
+def test_every_run_runs_within_the_bound(cluster: dict[str, tuple[str, int]], count: int, known: bool) -> None:
+    """Rounds of a minute with runs that never end: each has its first turn, and its share after that."""
+    policy = make_policy("goodput")
+    capacity = sum(devices for _, devices in cluster.values())
+    views = {
+        f"run-{i}": job(f"run-{i}", age_s=0.0, remaining_progress=10.0 ** (5 + i) if known else None)
+        for i in range(count)
+    }
+    first: dict[str, float] = {}
+    has: dict[str, float] = dict.fromkeys(views, 0.0)
+    turns = math.ceil(count / capacity)
+    bound_s = 1800.0 + 600.0 / 0.25 * turns
+    for minute in range(int(bound_s / 60.0) + 2):
+        now_s = 10_000.0 + 60.0 * minute
+        asked = [
+            JobView(**(vars(view) | {"submitted_s": 10_000.0, "age_s": 60.0 * minute, "attained_device_s": has[name]}))
+            for name, view in views.items()
+        ]
+        for name, one in policy.allocate(asked, cluster, now_s).items():
+            views[name] = JobView(**(vars(views[name]) | {"current": one}))
+            if one is not None:
+                first.setdefault(name, 60.0 * minute)
+                has[name] += 60.0 * one.devices
+    assert set(first) == set(views)
+    assert max(first.values()) <= bound_s
+
+
+@every_policy
+def test_a_lost_node_stops_only_the_runs_on_it(name: str) -> None:
+    safe = running(job("safe", remaining_progress=5e5), {"gpu-00": 8})
+    hit = running(job("hit"), {"gpu-01": 8})
+    answer = make_policy(name).allocate([safe, hit], nodes(gpu=(1, 8)), NOW_S)
+    check_devices([safe, hit], nodes(gpu=(1, 8)), answer)
+    given = answer["safe"]
+    assert given is not None
+    assert set(given.devices_per_node) == {"gpu-00"}
+
+
+@every_policy
+def test_an_empty_cluster_and_no_runs_are_no_trouble(name: str) -> None:
+    policy: Policy = make_policy(name)
+    assert policy.allocate([], nodes(gpu=(1, 8)), NOW_S) == {}
+    answer = policy.allocate([job("a"), job("b", workers_range=(4, 8))], {}, NOW_S)
+    assert dict(answer) == {"a": None, "b": None}
+    assert answer.waiting["b"] == "needs 4 devices of one type, and there are 0"
+
+
+def test_a_policy_of_another_name_is_answered_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"no fleet policy is called 'goodputs': did you mean 'goodput'\?"):
+        make_policy("goodputs")
+
+
+@every_policy
+@pytest.mark.parametrize("quota", [-1, 2.5])
+def test_a_quota_is_a_number_of_devices(name: str, quota: float) -> None:
+    with pytest.raises(ConfigError, match=r"quota of queue a: .* whole number, 0 or more"):
+        make_policy(name, quotas={"a": quota})  # type: ignore[dict-item]

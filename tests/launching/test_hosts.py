@@ -1,0 +1,194 @@
+"""Runs on a real Ray cluster of three hosts, each with its own network and processes; its head is killed and replaced.
+
+The hosts are namespaces of this machine, made by ``ray-hosts.sh``; Ray's state is in a real Redis on a fourth. On one
+host a driver would attach to the head's own node and die with it, whatever node it was meant for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+
+import kube
+from orchestrator.telemetry.records import read
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SCRIPT = (kube.test_data() or Path("/nonexistent")).parent / "tools" / "ray-hosts.sh"
+ADDRESS = "http://10.77.0.1:8265"
+ELSEWHERE = "s3"  # the host without Ray: Redis is there, and whoever submits
+TOKEN = "three-hosts-0123456789"
+RUN = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=2")
+# As the chart sets them: work waits for the head, and the driver is not on it.
+HEAD_MAY_GO = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
+DRIVER_ELSEWHERE = ("--driver-cpus", "1")
+
+
+def why_not() -> str | None:
+    if not SCRIPT.is_file():
+        return "no ray-hosts.sh: set ORCHESTRATOR_TEST_DATA to the folder beside tools/ that holds it"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    absent = [name for name in ("ip", "unshare", "redis-server") if shutil.which(name) is None]
+    if absent:
+        return f"not found: {', '.join(absent)} (Debian: iproute2, util-linux, redis-server)"
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return "the hosts are up already, for somebody else" if "rhsw" in listed.stdout else None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """A head that has no CPUs, two hosts with two each, and Redis."""
+
+    folder: Path
+    password: str
+
+    def __call__(self, verb: str, *words: str, **more: str) -> None:
+        done = subprocess.run(
+            ["bash", str(SCRIPT), verb, str(self.folder), *words],
+            env={**self.environment(), **more},
+            cwd=self.folder,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, [path.read_text() for path in self.folder.glob("*.log")]
+
+    def environment(self, token: str = TOKEN) -> dict[str, str]:
+        kept = {key: value for key, value in environment(self.folder).items() if not key.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"RAY": f"{sys.executable} -m ray.scripts.scripts", "RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
+        return {**kept, **own, "PATH": path, "RAY_API_SERVER_ADDRESS": ADDRESS}
+
+    def start_head(self) -> None:
+        redis = {"RAY_REDIS_ADDRESS": "10.77.0.4:6380", "RAY_ARGS": f"--redis-password={self.password}"}
+        self("start", "head", CPUS="0", **redis, **HEAD_MAY_GO)
+
+    def start(self, *words: str, token: str = TOKEN) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", f"rh{ELSEWHERE}", *words],
+            env=self.environment(token),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def orchestrator(self, *words: str, token: str = TOKEN) -> Ended:
+        process = self.start(sys.executable, "-m", "orchestrator", *words, token=token)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return Ended(process.returncode, out, err)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "orchestrator" / "runs" / name
+
+    def step(self, name: str) -> int:
+        """The last step that the run has recorded; its folder is on a disk that all hosts share."""
+        records = self.run(name) / "metrics.jsonl"
+        return max((int(record["step"]) for record in read(records)), default=0) if records.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    if reason := why_not():
+        pytest.skip(reason)
+    made = Hosts(tmp_path_factory.mktemp("hosts"), secrets.token_hex(8))
+    try:
+        made("up")
+        redis = made.start(
+            *["redis-server", "--port", "6380", "--bind", "10.77.0.4", "--requirepass", made.password, "--save", ""]
+        )
+        made.start_head()
+        for host in ("w1", "w2"):
+            made("start", host, CPUS="2", **HEAD_MAY_GO)
+        yield made
+    finally:
+        made("down")
+    redis.communicate()
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ready():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:
+    words = (*RUN, "--set", "name=outlives", "--arg", "epochs=60", *DRIVER_ELSEWHERE)
+    followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
+    wait_until(lambda: hosts.step("outlives") > 10, followed)
+    hosts("kill", "head")
+    killed_at = hosts.step("outlives")
+    wait_until(lambda: hosts.step("outlives") > killed_at + 10, followed)
+    hosts.start_head()
+
+    again = hosts.orchestrator("submit", *words, "--no-follow", "--json")
+    assert again.code == 0, again.err
+    assert again.summary["submission_id"] == "outlives", "the new head knows the run"
+    out, err = followed.communicate(timeout=TIMEOUT_S)
+    assert followed.returncode == 0, out + err
+    assert out.count("outlives: finished") == 1
+    attempts = read(hosts.run("outlives") / "attempts.jsonl")
+    assert sum(record["event"] == "started" for record in attempts) == 1, "no worker was started anew"
+    assert hosts.orchestrator("status", "outlives", "--json").summary["status"] == "SUCCEEDED"
+
+
+def test_plain_ray_job_submit_fails_as_the_run_does(hosts: Hosts) -> None:
+    entrypoint = ["python", "-m", "orchestrator", "run", *RUN, "--set", "checkpoint.uri=/proc/nowhere"]
+    words = ["job", "submit", "--submission-id", "broken", "--entrypoint-num-cpus", "1", "--address", ADDRESS]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", *words, "--working-dir", ".", "--", *entrypoint]
+    process = hosts.start(*submit)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, err
+    assert "cannot write the run's folder" in out
+    assert hosts.orchestrator("wait", "broken").code == 2
+
+
+def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
+    words = (*RUN, "--set", "name=stopped", "--arg", "epochs=2000", *DRIVER_ELSEWHERE)
+    sent = hosts.orchestrator("submit", *words, "--no-follow", "--json")
+    assert sent.code == 0, sent.err
+    wait_until(lambda: hosts.step("stopped") > 5)
+    stopped = hosts.orchestrator("stop", "stopped", "--json")
+    assert stopped.summary["status"] == "STOPPED", stopped.err
+    summary: dict[str, Any] = json.loads((hosts.run("stopped") / "summary.json").read_text())
+    manifest = json.loads((Path(summary["checkpoint"]) / "manifest.json").read_text())
+    assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}")
+    assert {f"rank-{rank:05d}.pt" for rank in (0, 1)} <= set(json.dumps(manifest).split('"'))
+
+
+@pytest.mark.parametrize(
+    ("token", "address", "said"),
+    [
+        ("wrong-token-0123456789", ADDRESS, "refuses the token"),
+        (TOKEN, "http://10.77.0.2:8265", "no Ray job server answers at http://10.77.0.2:8265"),
+    ],
+)
+def test_wrong_token_and_wrong_address(hosts: Hosts, token: str, address: str, said: str) -> None:
+    refused = hosts.orchestrator("submit", *RUN, "--address", address, token=token)
+    assert refused.code == 2
+    assert said in refused.err
+    assert len(refused.err.strip().splitlines()) == 1, refused.err
+
+
+def test_a_dead_head_is_said(hosts: Hosts) -> None:
+    """The last test: nothing is left to submit to."""
+    hosts("kill", "head")
+    refused = hosts.orchestrator("submit", *RUN)
+    assert refused.code == 2
+    assert "no Ray job server answers" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1, refused.err

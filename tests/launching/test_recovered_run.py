@@ -1,0 +1,94 @@
+"""Runs that meet trouble and get over it by themselves: out of memory, a hang, a node that is taken away."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import DIGITS, TIMEOUT_S, Ended, environment, losses, records, wait_for_step
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_out_of_memory_and_then_a_hang(run: Callable[..., Ended], tmp_path: Path) -> None:
+    options = ("--set", "failures.hang_least_s=4", "--set", "checkpoint.interval_steps=10")
+    ended = run("broken_jobs:unlucky", *options)
+    assert ended.code == 0, ended.err
+    told = "out of memory with a micro batch of 32: starting the workers anew, at most 16 samples in a micro batch"
+    assert told in ended.err
+    assert "workers were lost and replaced; going on from step 20" in ended.err
+    folder = tmp_path / "runs" / "unlucky"
+    memory, hang = records(folder, "failures.jsonl")
+    assert (memory["cause"], memory["action"], memory["step"]) == ("memory", "change", 0)
+    assert "can't allocate memory" in memory["message"]
+    assert (hang["cause"], hang["action"], hang["step"]) == ("hang", "restart", 20)
+    assert hang["message"].startswith("no step for ")
+    steps = records(folder)
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert {(step["global_batch"], step["micro_batch"], step["accumulation"]) for step in steps} == {(64, 16, 2)}
+    for rank in (0, 1):
+        (found,) = (folder / "logs").glob(f"stacks-{rank}-*.txt")
+        assert ("broken_jobs.py" in found.read_text()) == (rank == 1), "where each rank stood"
+    starts = [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
+    assert [start.get("cause", "") for start in starts] == ["", "memory", "hang"]
+    assert all(len(start["nodes"]) == 2 for start in starts)
+
+
+RAY = Path(sys.executable).with_name("ray")
+GRACE_S = 10
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start nodes of one cluster on this machine, as a pod would: by ``ray start --block``."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str) -> subprocess.Popen[bytes]:
+        env = {**environment(tmp_path), "RAY_AUTH_MODE": "disabled"}
+        env |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(GRACE_S)}
+        words = [RAY, "start", "--block", *options]
+        quiet = subprocess.DEVNULL
+        started.append(subprocess.Popen(words, env=env, cwd=tmp_path, stdout=quiet, stderr=quiet))
+        return started[-1]
+
+    yield start
+    for process in started:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for member in [process, *family]:
+            member.kill()
+        process.wait(30)
+
+
+def test_a_node_that_is_taken_away_is_left_in_time(
+    undisturbed: Ended,
+    node: Callable[..., subprocess.Popen[bytes]],
+    command: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    """All that the run keeps is what it saved on notice: it saves at no other time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    port = address.rpartition(":")[2]
+    node("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+    leaving = node(f"--address={address}", "--num-cpus=2")
+    process = command(DIGITS, "--address", address, "--set", "checkpoint.interval_s=1000")
+    folder = tmp_path / "runs" / "digits"
+    wait_for_step(folder, 60, process)
+    leaving.send_signal(signal.SIGTERM)
+    node(f"--address={address}", "--num-cpus=2")
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert "nodes will be taken away (rank 0, 1 is there): saving now" in err
+    starts = [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 60
+    assert set(starts[0]["nodes"]).isdisjoint(starts[1]["nodes"])
+    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
