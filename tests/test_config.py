@@ -268,7 +268,8 @@ def test_an_override_changes_what_it_names(overrides, expected):
             "layout=auto",
             (
                 "'layout' is a section: set one of its fields: global_batch, micro_batch, accumulation, "
-                "zero_stage, offload, activation_checkpointing, precision, sync_batch_norm"
+                "zero_stage, offload, activation_checkpointing, precision, sync_batch_norm, compile, tf32, "
+                "fused_optimizer, channels_last, attention"
             ),
         ),
         (
@@ -426,8 +427,8 @@ def test_differing_fields_lists_leaves_in_order():
             lambda: LayoutConfig(zero=1),
             (
                 "LayoutConfig: unknown field 'zero'; valid: "
-                "accumulation, activation_checkpointing, global_batch, micro_batch, offload, precision, "
-                "sync_batch_norm, zero_stage"
+                "accumulation, activation_checkpointing, attention, channels_last, compile, fused_optimizer, "
+                "global_batch, micro_batch, offload, precision, sync_batch_norm, tf32, zero_stage"
             ),
         ),
         (

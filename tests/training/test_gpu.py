@@ -30,7 +30,7 @@ def nccl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def losses(folder: Path, stage: int, precision: str, device: str) -> list[float]:
+def losses(folder: Path, stage: int, precision: str, device: str, *, compiled: bool = False) -> list[float]:
     import torch
 
     from jobs.vision import mlp
@@ -44,6 +44,7 @@ def losses(folder: Path, stage: int, precision: str, device: str) -> list[float]
     assert job.prepare is not None
     job.prepare()
     overrides = [f"layout.zero_stage={stage}", f"layout.precision={precision}", "layout.accumulation=2"]
+    overrides += [f"layout.compile={str(compiled).lower()}", "layout.tf32=false"]
     config = apply_overrides(job.config, overrides)
     train_set = open_dataset(job.task.datasets().train)
     shape = ClusterShape(nodes=1, cpus=1, accelerators=1 if device == "cuda" else 0)
@@ -65,6 +66,13 @@ def losses(folder: Path, stage: int, precision: str, device: str) -> list[float]
 def test_stages_follow_stage_0_in_fp32(tmp_path: Path, stage: int) -> None:
     expected = losses(tmp_path, 0, "fp32", "cuda")
     np.testing.assert_allclose(losses(tmp_path, stage, "fp32", "cuda"), expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("nccl")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_compiled_model_follows_the_eager_one(tmp_path: Path, stage: int) -> None:
+    expected = losses(tmp_path, stage, "fp32", "cuda")
+    np.testing.assert_allclose(losses(tmp_path, stage, "fp32", "cuda", compiled=True), expected, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("nccl")

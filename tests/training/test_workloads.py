@@ -27,12 +27,12 @@ JOBS: dict[str, Callable[..., Job]] = {
     "clicks": clicks,
     "retrieval": retrieval,
     "images": classify,
-    "text": classify_text,
+    "text": functools.partial(classify_text, context=64, width=32),
     "gpt": functools.partial(gpt, vocabulary=256),  # with head and embedding in one
 }
 LEARNT = {
     "clicks": (60, "normalized_entropy", 0.97),
-    "retrieval": (60, "loss", 6.2),
+    "retrieval": (200, "loss", 6.0),
     "images": (60, "loss", 1.2),
     "text": (60, "loss", 2.0),
     "gpt": (100, "bits_per_byte", 4.2),
