@@ -222,13 +222,9 @@ def _launch(
         )
         listener = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        state, outcome = "failed", None
+        state = "failed"
         try:
-            while outcome is None:
-                attempt = _Fit(order, plan, job.config)
-                outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
-                if outcome is None:
-                    order = _changed(order, folder, listener)
+            outcome = _train(order, plan, home, followers, listener, teller)
             state = outcome["state"]
         except OrchestratorError as error:
             with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
@@ -265,6 +261,18 @@ def _note_resume(home: Home, listener: Listener) -> None:
         listener.note(f"going on from checkpoint {newest.rpartition('/')[2]}")
     elif home.folder.metrics.exists():
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
+
+
+def _train(
+    order: Order, plan: Plan, home: Home, followers: _Followers, listener: Listener, teller: Teller
+) -> dict[str, Any]:
+    """Have the workers train to the end, started anew in another way as often as a failure asks for that."""
+    while True:
+        attempt = _Fit(order, plan, order.job.config)
+        outcome = _watch(attempt, home, followers, listener, teller, order.job.config.failures.stop_grace_s)
+        if outcome is not None:
+            return outcome
+        order = _changed(order, home.folder, listener)
 
 
 def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:
