@@ -97,5 +97,6 @@ def test_a_node_that_is_taken_away_is_left_in_time(
     starts = [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
     assert len(starts) == 2
     assert starts[1]["step"] >= 60
+    assert [record["cause"] for record in records(folder, "failures.jsonl")] == ["preempted"]
     assert set(starts[0]["nodes"]).isdisjoint(starts[1]["nodes"])
     assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
