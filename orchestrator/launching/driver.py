@@ -156,8 +156,6 @@ def _launch(
         follower.poll()
     with RayCluster.connect(address_of(request.address), log=folder.logs / "ray.log") as cluster:
         profiled = profiled or profile_job(job, cluster.shape)  # the embedded cluster has the shape it was traced for
-        from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
-
         plan = make_job_plan(job, cluster.shape, sizes, profiled)
         write_identity(request, job, folder)
         order = Order(
@@ -187,13 +185,9 @@ def _launch(
         )
         listener = tracked = _Tracked(listener, tracking)
         teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        state, outcome = "failed", None
+        state = "failed"
         try:
-            while outcome is None:
-                attempt = Fit(make_trainer(order, plan, job.config))
-                outcome = _watch(attempt, home, followers, listener, teller, job.config.failures.stop_grace_s)
-                if outcome is None:
-                    order = _changed(order, folder, listener)
+            outcome = _train(order, plan, home, followers, listener, teller)
             state = outcome["state"]
         except OrchestratorError as error:
             with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
@@ -212,6 +206,20 @@ def _note_resume(home: Home, listener: Listener) -> None:
         listener.note(f"going on from checkpoint {newest.rpartition('/')[2]}")
     elif home.folder.metrics.exists():
         listener.note("the earlier attempt left no checkpoint: starting from the beginning")
+
+
+def _train(
+    order: Order, plan: Plan, home: Home, followers: _Followers, listener: Listener, teller: Teller
+) -> dict[str, Any]:
+    """Have the workers train to the end, started anew in another way as often as a failure asks for that."""
+    from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
+
+    while True:
+        attempt = Fit(make_trainer(order, plan, order.job.config))
+        outcome = _watch(attempt, home, followers, listener, teller, order.job.config.failures.stop_grace_s)
+        if outcome is not None:
+            return outcome
+        order = _changed(order, home.folder, listener)
 
 
 def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:

@@ -17,7 +17,6 @@ from orchestrator.storage.claim import BEAT_S, Claim
 from orchestrator.storage.fence import DriverLock
 from orchestrator.storage.folder import RunFolder
 from orchestrator.storage.mirror import Replica
-from orchestrator.storage.s3 import endpoint_of
 from orchestrator.storage.store import is_s3
 from orchestrator.storage.stored_run import CHECKPOINTS, OUTCOME, STOP, StoredRun, working_folder
 from orchestrator.telemetry.trackers import MLFLOW_RUN
@@ -150,6 +149,8 @@ class StoredHome:
     @classmethod
     def own(cls, config: RunConfig, note: Callable[[str], None], *, fresh: bool) -> Self:
         """Become the run's driver, and bring here what is known of it."""
+        from orchestrator.storage.s3 import endpoint_of  # boto3 only where S3 is used
+
         uri = stored_uri(config)
         assert uri is not None
         # Workers may run where the environment says nothing of a compatible store: its address goes with the order.

@@ -174,7 +174,7 @@ class Recovery(UserCallback):
 
     def _trouble(self, causes: Sequence[Failure], worker_exceptions: dict[int, Exception]) -> Trouble:
         lost = {rank: died for rank, error in worker_exceptions.items() if (died := _death(error)) is not None}
-        if not causes and any(death.preempted for death in lost.values()):
+        if not causes and (self._had_notice() or any(death.preempted for death in lost.values())):
             cause: Cause = "preempted"
         else:
             cause = causes[0].kind if causes and causes[0].kind != "peer" else "worker_lost"
@@ -197,6 +197,12 @@ class Recovery(UserCallback):
         """The node of each rank, as the last attempt wrote it down."""
         started = [record for record in read(self._folder.attempts) if record["event"] == "started"]
         return started[-1].get("nodes", ()) if started else ()
+
+    def _had_notice(self) -> bool:
+        """Whether the attempt that ended had been told that nodes will be taken away."""
+        started = [record["attempt"] for record in read(self._folder.attempts) if record["event"] == "started"]
+        warned = [record["attempt"] for record in read(self._folder.events) if record["event"] == "preemption"]
+        return bool(started) and started[-1:] == warned[-1:]
 
     def _micro_batch(self) -> int:
         steps = read(self._folder.metrics)

@@ -48,7 +48,7 @@ class NanTask(MlpTask):
 
 @dataclasses.dataclass(frozen=True)
 class UnluckyTask(MlpTask):
-    """Has no room for more than 16 samples at a time, and once, in its 30th step, waits on rank 1 for ever."""
+    """Has no room for more than 16 samples at a time, and once, at its 30th loss, waits on rank 1 for ever."""
 
     calls: ClassVar[list[int]] = []
 

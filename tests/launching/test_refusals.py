@@ -56,7 +56,7 @@ def test_unknown_argument_offers_the_real_ones(refuse: Refuse) -> None:
         ("recipe.stop.metric=accuracy", ["recipe.stop", "at_least"]),
         ("layout.offload=all", ["layout.offload='all'", "no accelerator"]),
         ("recipe.optimizer.name=lamb", ["lamb", "adamw"]),
-        ("checkpoint.uri=s3://bucket/runs", ["checkpoint.uri='s3://bucket/runs'"]),
+        ("checkpoint.uri=gs://bucket/runs", ["checkpoint.uri='gs://bucket/runs'"]),
     ],
 )
 def test_impossible_values(refuse: Refuse, override: str, words: list[str]) -> None:
