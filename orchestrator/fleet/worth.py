@@ -108,7 +108,7 @@ def _one_device(fleet: Fleet, rated: Options) -> Array:
     share = np.array(fleet.capacity, float)[rated.kind[first]]
     np.add.at(total, rated.owner[first], share * rated.goodput[first] / rated.devices[first])
     np.add.at(count, rated.owner[first], share)
-    return total / count
+    return np.asarray(total / count)
 
 
 def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
