@@ -205,7 +205,7 @@ def _score(fleet: Fleet, parts: Sequence[_Part], rows: _Rows) -> tuple[Array, In
         timed = batch / (fixed + count * accumulated) * (noise + reference) / (noise + batch)
         # Nearest to the reference batch, then the larger micro batch.
         near = np.exp(-np.abs(np.log(batch / reference))) * (1.0 + 1e-6 * np.log(unit))
-        return np.where(known, timed, near)
+        return np.asarray(np.where(known, timed, near))
 
     first, second = goodput(below), goodput(above)
     score = np.where(possible, np.maximum(first, second), 0.0)
