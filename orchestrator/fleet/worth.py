@@ -42,7 +42,7 @@ CLASS = 4.0
 HORIZON_S = 1800.0
 """Assumption: for how long an allocation typically stays as it is."""
 DEADLINE_BONUS = 4.0
-"""In units of the heaviest weight, times the run's priority."""
+"""In units of all weights together: a deadline that can be met goes before everything but who has waited longest."""
 NOTICE_S = 120.0
 """A run that waits is not late yet if it meets its deadline from this time on."""
 STEEPEST = 40
@@ -92,8 +92,8 @@ def worth(fleet: Fleet, rated: Options, now_s: float) -> Worth:
     moving[here] = value[row] - weight[here] * _utility(speed[row] * (1.0 - lost))
     idle[here] = -moving[here]
     bonus, idle_bonus = _deadlines(fleet, rated, left_s + np.where(moves, cost[rated.owner], 0.0), now_s)
-    heaviest = DEADLINE_BONUS * float((weight * _utility(usual)).max(initial=1.0))
-    return Worth(value + heaviest * bonus, idle + heaviest * idle_bonus, stays, moving, speed, left_s)
+    everything = DEADLINE_BONUS * float((weight * _utility(usual)).sum())
+    return Worth(value + everything * bonus, idle + everything * idle_bonus, stays, moving, speed, left_s)
 
 
 def _utility(speed: Array) -> Array:

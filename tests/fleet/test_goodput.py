@@ -29,7 +29,8 @@ def test_alone_a_run_has_what_it_can_use() -> None:
 
 
 def test_the_shorter_of_two_has_more() -> None:
-    found = decide(job("long", remaining_progress=1e8), job("short", remaining_progress=1e5))
+    runs = job("long", remaining_progress=1e8), job("short", remaining_progress=1e5)
+    found = decide(*runs, cluster=nodes(gpu=(1, 6)))
     assert found["short"] > found["long"]
 
 
