@@ -27,6 +27,7 @@ from commands import REPOSITORY, TIMEOUT_S, Ended, environment, in_this_process
 
 from orchestrator.errors import ClusterLostError
 from orchestrator.launching.jobs import JobServer
+from s3_server import BUCKET, Weed
 
 pytestmark = [
     pytest.mark.ray,
@@ -320,24 +321,42 @@ def test_a_stopped_run_that_is_submitted_again_goes_on(head: Head, here: Callabl
     assert here("status", "long.1", "--json").summary["status"] == "STOPPED"
 
 
-def test_a_lost_cluster_is_said_and_another_one_goes_on_with_the_run(
-    head: Head, here: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.s3
+def test_a_lost_cluster_is_said_and_another_one_goes_on_from_s3(
+    head: Head, here: Callable[..., Ended], s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head is killed under the run that is being followed; its successor has the same folder and nothing else."""
-    assert here("status", "long", "--json").summary["status"] == "RUNNING"
-    server = JobServer(head.address, patience_s=2)
-    attempt = server.attempt("long")
-    end_head(head)
-    with pytest.raises(ClusterLostError, match="lost the cluster while following long"):
+    """The head is killed under the run that is being followed; its successor knows nothing but the store."""
+    place = "runs-of-lost-clusters"
+    kept = (*DIGITS, "--arg", "epochs=2000", "--set", "name=kept", "--set", f"checkpoint.uri=s3://{BUCKET}/{place}")
+    kept = (*kept, "--set", "checkpoint.interval_s=2")
+    for home in (tmp_path / "lost", tmp_path / "successor"):
+        home.mkdir()
+    lost = start_head(tmp_path / "lost")
+    try:
+        monkeypatch.setattr(head, "address", lost.address)
+        sent = here("submit", *kept, "--no-follow", "--json")
+        assert sent.code == 0, sent.err
+        server = JobServer(lost.address, patience_s=2)
+        attempt = server.attempt("kept")
+        wait_until(lambda: saved(s3, f"{place}/kept/"), lost.process)
+    finally:
+        end_head(lost)
+    with pytest.raises(ClusterLostError, match="lost the cluster while following kept"):
         server.follow(attempt, str, str)
-    assert here("status", "long").code == 2
+    assert here("status", "kept").code == 2
 
-    successor = start_head(head.home)
+    successor = start_head(tmp_path / "successor")
     try:
         monkeypatch.setattr(head, "address", successor.address)
-        again = here("submit", *LONG, "--no-follow", "--json")
-        assert (again.code, again.summary["submission_id"]) == (0, "long"), again.err
-        wait_until(lambda: "samples/s" in successor.log("long"), successor.process)
-        assert "going on from checkpoint step-" in successor.log("long")
+        again = here("submit", *kept, "--no-follow", "--json")
+        assert (again.code, again.summary["submission_id"]) == (0, "kept"), again.err
+        wait_until(lambda: "samples/s" in successor.log("kept"), successor.process)
+        assert "going on from checkpoint step-" in successor.log("kept")
     finally:
         end_head(successor)
+
+
+def saved(s3: Weed, prefix: str) -> bool:
+    """Whether a checkpoint is whole in the store: its manifest is written last."""
+    listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", ())
+    return any(item["Key"].endswith("manifest.json") for item in listed)
