@@ -18,7 +18,6 @@ import pytest
 from commands import (
     DIGITS,
     FIXED,
-    REPOSITORY,
     TIMEOUT_S,
     Ended,
     environment,
