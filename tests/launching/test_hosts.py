@@ -135,6 +135,7 @@ def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:
     killed_at = hosts.step("outlives")
     wait_until(lambda: hosts.step("outlives") > killed_at + 10, followed)
     hosts.start_head()
+    wait_until(lambda: hosts.orchestrator("jobs").code == 0)
 
     again = hosts.orchestrator("submit", *words, "--no-follow", "--json")
     assert again.code == 0, again.err

@@ -259,16 +259,8 @@ def test_nan_stops_the_run_and_names_the_last_good_checkpoint(run: Run) -> None:
     assert "Traceback" not in ended.err
 
 
-def test_nan_can_be_skipped(run: Run, tmp_path: Path) -> None:
-    ended = run("broken_jobs:nan", "--set", "failures.skip_nonfinite_steps=1")
-    assert ended.code == 0, ended.err
-    assert [r["step"] for r in records(tmp_path / "runs" / "nan") if r["skipped"]] == [30]
-    assert ended.summary["metrics"]["accuracy"] >= 0.9
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_bf16_is_within_a_point_of_fp32(undisturbed: Ended, run: Run, stage: int) -> None:
-    ended = run(DIGITS, "--set", "layout.precision=bf16", "--set", f"layout.zero_stage={stage}")
+def test_bf16_in_stage_3_is_within_a_point_of_fp32(undisturbed: Ended, run: Run) -> None:
+    ended = run(DIGITS, "--set", "layout.precision=bf16", "--set", "layout.zero_stage=3")
     assert ended.code == 0, ended.err
     assert ended.summary["metrics"]["accuracy"] >= undisturbed.summary["metrics"]["accuracy"] - 0.01
 

@@ -225,7 +225,18 @@ def test_of_many_writers_one_wins_under_faults(faults: str) -> None:
 
 
 @pytest.mark.slow
-def test_rays_filesystem_loses_nothing_under_faults(faults: str) -> None:
+def test_rays_filesystem_loses_nothing_while_requests_are_refused(
+    s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of them with 503: what pyarrow's own retries lose uploads by."""
+    if reason := s3_server.no_haproxy():
+        pytest.skip(reason)
+    with s3_server.faulty(s3.endpoint, tmp_path, dropped_percent=0) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        there_and_back_sixty_times()
+
+
+def there_and_back_sixty_times() -> None:
     filesystem, path = storage_filesystem(place())
 
     def there_and_back(number: int) -> bytes:
