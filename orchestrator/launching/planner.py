@@ -12,7 +12,7 @@ from orchestrator.job import Job, arguments, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.homes import stored_uri
 from orchestrator.launching.preflight import RunRequest, identity, prepare, run_root
-from orchestrator.launching.probe_cache import cache_key, cached, is_wanted, keep, stored_probe
+from orchestrator.launching.probe_cache import cache_key, is_wanted, keep, known_probe
 from orchestrator.launching.profiling import Sizes, data_sizes, profile_job, sample_of
 from orchestrator.launching.worker import Order
 from orchestrator.planning.accelerators import accelerator_named
@@ -21,6 +21,7 @@ from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.probe import Probe
 from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.computing import require_compiler
 from orchestrator.training.engine import require_precision
 
@@ -68,7 +69,9 @@ def _plan(request: RunRequest, imagined: Imagined | None) -> tuple[Job, Plan, st
             shape = cluster.shape
     profiled = profile_job(job, shape)
     plan = make_job_plan(job, shape, sizes, profiled, refuse=False)
-    known = stored_probe(RunFolder(Path(root))) or cached(cache_key(job, identity(request), shape, plan, profiled[0]))
+    folder = RunFolder(Path(root))
+    key = cache_key(job, identity(request), shape, plan, profiled[0])
+    known = known_probe(folder, key, resumes=bool(list_checkpoints(folder.checkpoints)))
     return job, plan if known is None else make_job_plan(job, shape, sizes, profiled, probe=known, refuse=False), root
 
 
@@ -162,7 +165,7 @@ def probed(
         folder.probe.unlink(missing_ok=True)
         return order, plan
     key = cache_key(job, identity(request), order.shape, plan, profiled[0])
-    found = stored_probe(folder) or cached(key)
+    found = known_probe(folder, key, resumes=resumes)
     if found is None and is_wanted(request.probe, job.config, plan) and not resumes:
         for _ in range(MOST_PROBES):
             found = probe(order, plan, note)

@@ -19,7 +19,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.probe import Probe
 from orchestrator.storage.folder import RunFolder, read_json, write_json
 
-__all__ = ["cache_key", "cached", "is_wanted", "keep", "stored_probe"]
+__all__ = ["cache_key", "is_wanted", "keep", "known_probe"]
 
 PACKAGES = ("torch", "deepspeed", "ray", "orchestrator")
 
@@ -57,14 +57,12 @@ def cache_key(job: Job, identity: dict[str, Any], shape: ClusterShape, plan: Pla
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def stored_probe(folder: RunFolder) -> Probe | None:
-    """What the run's own probe found, or None."""
-    return _read(folder.probe)
+def known_probe(folder: RunFolder, key: str, *, resumes: bool) -> Probe | None:
+    """What the run's own probe found, else an earlier one of the same, or None.
 
-
-def cached(key: str) -> Probe | None:
-    """What an earlier probe of the same found, or None."""
-    return _read(_cache_folder() / f"{key}.json")
+    A run that ``resumes`` keeps to its own, or to none: its plan must be what it was.
+    """
+    return _read(folder.probe) or (None if resumes else _read(_cache_folder() / f"{key}.json"))
 
 
 def keep(key: str, found: Probe) -> None:
