@@ -35,3 +35,12 @@ def test_a_process_reports_its_peak() -> None:
     assert gauge.peaks[8] >= gauge.peaks[4]
     assert held.sum() > 0
     assert (gauge.largest_micro_batch() or 0) > 8
+
+
+def test_what_ran_out_of_memory_bounds_what_may_run() -> None:
+    gauge = MemoryGauge(torch.device("cpu"), capacity=100 * GIB, limit=15)
+    assert gauge.largest_micro_batch() == 15
+    gauge.peaks.update({4: GIB, 8: 2 * GIB})
+    assert gauge.largest_micro_batch() == 15
+    gauge.limit = None
+    assert (gauge.largest_micro_batch() or 0) > 15

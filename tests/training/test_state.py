@@ -26,6 +26,7 @@ from orchestrator.config import (
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.step_time import LayoutTimes, StepTimes
 from orchestrator.scheduling.noise_scale import NoiseSample
 from orchestrator.training.state import StepStats, TrainState
 
@@ -77,6 +78,13 @@ def test_a_run_starts_at_nothing_in_the_planned_layout() -> None:
     state = TrainState.start(plan(), config())
     assert state == TrainState(layout=Layout(2, 8, 1), loss=state.loss)
     assert math.isnan(state.loss)
+
+
+def test_a_run_that_may_change_its_batch_starts_with_what_a_probe_timed() -> None:
+    known = LayoutTimes(1, 2, 8, 2, steps=1, step_times_s=(0.1,), micro_batch_times_s=(0.04,))
+    times, free = StepTimes((known,)), config(policy=Goodput())
+    assert TrainState.start(plan(free), free, times).history.times == times
+    assert TrainState.start(plan(), config(), times).history.times == StepTimes(), "a fixed batch has no use for it"
 
 
 def test_a_step_moves_everything_on() -> None:
