@@ -148,15 +148,24 @@ def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:
     assert hosts.orchestrator("status", "outlives", "--json").summary["status"] == "SUCCEEDED"
 
 
-def test_plain_ray_job_submit_fails_as_the_run_does(hosts: Hosts) -> None:
-    entrypoint = ["python", "-m", "orchestrator", "run", *RUN, "--set", "checkpoint.uri=/proc/nowhere"]
-    words = ["job", "submit", "--submission-id", "broken", "--entrypoint-num-cpus", "1", "--address", ADDRESS]
+@pytest.mark.parametrize(
+    ("name", "more", "code", "said"),
+    [
+        ("plain", ("--arg", "epochs=1"), 0, "plain: finished"),
+        ("broken", ("--set", "checkpoint.uri=/proc/nowhere"), 2, "cannot write the run's folder"),
+    ],
+)
+def test_plain_ray_job_submit_ends_as_the_run_does(
+    hosts: Hosts, name: str, more: tuple[str, ...], code: int, said: str
+) -> None:
+    entrypoint = ["python", "-m", "orchestrator", "run", *RUN, "--set", f"name={name}", *more]
+    words = ["job", "submit", "--submission-id", name, "--entrypoint-num-cpus", "1", "--address", ADDRESS]
     submit = [sys.executable, "-m", "ray.scripts.scripts", *words, "--working-dir", ".", "--", *entrypoint]
     process = hosts.start(*submit)
     out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1, err
-    assert "cannot write the run's folder" in out
-    assert hosts.orchestrator("wait", "broken").code == 2
+    assert (process.returncode == 0) is (code == 0), out + err
+    assert said in out
+    assert hosts.orchestrator("wait", name).code == code
 
 
 def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
