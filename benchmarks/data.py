@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from jobs.vision import SIDE, write_digits
-from orchestrator.config import DataConfig, RunConfig
+from jobs.vision import SIDE, digits, write_digits
+from orchestrator.config import DataConfig
 from orchestrator.job import Parquet
 from orchestrator.planning.layout import Layout
 from orchestrator.storage.store import open_store
@@ -173,7 +173,7 @@ def _loading(folder: Path, options: argparse.Namespace) -> list[tuple[float, flo
 
 
 def _ours(rows: int) -> float:
-    config = RunConfig.model_validate({"name": "rows", "recipe": {"batch": BATCH}, "data": STREAMING})
+    config = digits(batch=BATCH).config.model_copy(update={"data": STREAMING})
     batches = Batches(open_dataset(Parquet(BIG), config), seed=0, rank=0, data=STREAMING)
     layout, steps = Layout(1, BATCH, 1), rows // BATCH
     batches.at(0, layout)
