@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def main() -> int:
 def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import s3_server
 
-    server = s3_server.Weed(folder / "weed")
+    server = s3_server.Weed(folder / "weed", volume_mb=1024)
     server.start()
     values = {"AWS_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": s3_server.KEY}
     values |= {"AWS_SECRET_ACCESS_KEY": s3_server.SECRET, "ORCHESTRATOR_CACHE": str(folder / "cache")}
@@ -125,6 +126,7 @@ class _Sides:
 
         from gloo_jobs import Toy, make_engine, plan_for, toy_config
         from orchestrator.config import AdamW, StorageConfig
+        from orchestrator.launching.limits import room_for_a_copy
         from orchestrator.storage.claim import Claim, StoreFence
         from orchestrator.storage.store import open_store
         from orchestrator.storage.stored_run import StoredRun
@@ -158,6 +160,7 @@ class _Sides:
             budget_s=600.0,
             flush=lambda: None,
             witness=self.witness,
+            room=room_for_a_copy,
         )
 
     def steps(self, count: int) -> float:
@@ -190,7 +193,10 @@ class _Sides:
         mine = sorted(path for path in folder.rglob("*") if path.is_file())[dist.get_rank() :: WORKERS]
         upload_tree(self.store, folder, folder.name, paths=mine)
         dist.barrier()
-        return (time.perf_counter() - started,)
+        taken_s = time.perf_counter() - started
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+        return (taken_s,)
 
     def ours(self) -> tuple[float, float, float]:
         """Seconds blocked, seconds until whole in the store, and a step's seconds meanwhile."""

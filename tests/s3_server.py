@@ -48,10 +48,11 @@ def haproxy_binary() -> str | None:
 
 
 class Weed:
-    """One SeaweedFS server; ``kill`` and ``start`` again keep its data."""
+    """One SeaweedFS server of 64 volumes, some of which are spare; ``kill`` and ``start`` again keep its data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, volume_mb: int = 64) -> None:
         self._folder = folder
+        self._volume_mb = volume_mb
         self._ports = _free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
@@ -69,7 +70,7 @@ class Weed:
             *[str(weed_binary()), "server", f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"],
             *[f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"],
             *[f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"],
-            *["-master.volumeSizeLimitMB=64", "-volume.max=64"],
+            *[f"-master.volumeSizeLimitMB={self._volume_mb}", "-volume.max=64"],
         ]
         with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)

@@ -8,7 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "container_limits", "usable_cpus"]
+import psutil
+
+__all__ = ["Limits", "container_limits", "room_for_a_copy", "usable_cpus"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,15 @@ def container_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
         memory_bytes=tightest,
         memory_used_bytes=None if tightest is None else _used(group, usage, reclaimable),
     )
+
+
+def room_for_a_copy() -> int:
+    """Bytes of host memory that this worker may take for a copy of its state: its part of half of what is free."""
+    limits = container_limits()
+    free = psutil.virtual_memory().available
+    if limits.memory_bytes is not None:
+        free = min(free, limits.memory_bytes - (limits.memory_used_bytes or 0))
+    return max(0, free) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _groups(base: Path, path: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from orchestrator.config import RunConfig, StorageConfig
 from orchestrator.errors import FencedError, RunFolderError, StorageError, StorageLostError, explain_oserror
 from orchestrator.launching.failures import restart_cause
+from orchestrator.launching.limits import room_for_a_copy
 from orchestrator.storage.claim import StoreFence
 from orchestrator.storage.fence import Fence, Guard
 from orchestrator.storage.folder import RunFolder, write_json
@@ -171,6 +172,7 @@ class StoredPlace:
             budget_s=config.failures.storage_budget_s,
             flush=self._pushing.flush,
             witness=recorder,
+            room=room_for_a_copy,
         )
 
     def stop_requested(self) -> bool:

@@ -29,6 +29,7 @@ from orchestrator.storage.folder import read_json, write_json
 from orchestrator.storage.stored_run import MANIFEST
 from orchestrator.training.buffers import mean_of
 from orchestrator.training.engine import Engine
+from orchestrator.training.snapshot import Snapshot
 from orchestrator.training.state import TrainState
 
 __all__ = [
@@ -42,8 +43,8 @@ __all__ = [
     "set_aside",
     "set_aside_after",
     "superseded",
+    "take_shards",
     "verify",
-    "write_shards",
 ]
 
 Name = TypeVar("Name", str, Path)
@@ -125,7 +126,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             draft.mkdir(parents=True)
         dist.barrier()
-        write_shards(engine, draft)
+        _write_shards(engine, draft)
         files = _gather(_digests(draft))
         if dist.get_rank() == 0:
             self._commit(draft, final, state, files)
@@ -158,11 +159,15 @@ class Checkpoints:
         return manifest
 
 
-def write_shards(engine: Engine, draft: Path) -> None:
+def _write_shards(engine: Engine, draft: Path) -> None:
     """Write this rank's part of everything below ``draft``; on return all ranks have."""
-    buffers = engine.save(draft)
-    torch.save({"buffers": buffers, "random": _random_state()}, draft / _rank_file())
+    torch.save(_own_state(engine.save(draft)), draft / _rank_file())
     dist.barrier()
+
+
+def take_shards(engine: Engine, draft: Path, snapshot: Snapshot) -> None:
+    """Take this rank's part of everything into ``snapshot``, to be written below ``draft`` later."""
+    snapshot.add(_own_state(engine.save(draft, snapshot)), draft / _rank_file())
 
 
 def sealed_manifest(state: TrainState, layout_key: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
@@ -287,6 +292,11 @@ def _rank_state(checkpoint: Path, rank: int | None = None) -> dict[str, Any]:
     """A rank's own buffers and generators; this one's unless another is named."""
     loaded: dict[str, Any] = torch.load(checkpoint / _rank_file(rank), weights_only=True, map_location="cpu")
     return loaded
+
+
+def _own_state(buffers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What ``_rank_state`` reads."""
+    return {"buffers": buffers, "random": _random_state()}
 
 
 def _rank_file(rank: int | None = None) -> str:

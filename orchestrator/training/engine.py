@@ -39,6 +39,7 @@ from orchestrator.training.precision import DTYPES, compute_in
 from orchestrator.training.recompute import checkpoint_blocks
 from orchestrator.training.reshard import Shards, take_up
 from orchestrator.training.shares import shares
+from orchestrator.training.snapshot import Snapshot
 from orchestrator.training.state import StepStats
 
 Columns = Mapping[str, "NDArray[Any]"]
@@ -226,14 +227,22 @@ class Engine:
             yield self.model
         self._engine.train()
 
-    def save(self, folder: Path) -> dict[str, torch.Tensor]:
+    def save(self, folder: Path, snapshot: Snapshot | None = None) -> dict[str, torch.Tensor]:
         """Write model, optimizer and this rank's shards below ``folder``; return this rank's own buffers.
+
+        With a ``snapshot`` they are added to it instead, to be written by it later.
 
         The model's own file holds the averaged buffers: whoever exports it gets what was evaluated.
         """
         own = local_buffers(self.module)
-        with averaged(self.module):
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        direct = self._engine.checkpoint_engine
+        if snapshot is not None:
+            self._engine.checkpoint_engine = _into(snapshot)
+        try:
+            with averaged(self.module):
+                self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = direct
         return own
 
     def load(self, folder: Path, own_buffers: dict[str, torch.Tensor]) -> None:
@@ -470,6 +479,20 @@ def _initialize(model: nn.Module, config: RunConfig, plan: Plan) -> Any:
         optimizer.state.clear()
     compile_model(engine, plan)
     return engine
+
+
+def _into(snapshot: Snapshot) -> Any:
+    """DeepSpeed's writer of files, with ``snapshot`` in place of the disk."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class Into(TorchCheckpointEngine):  # type: ignore[misc, unused-ignore]
+        def save(self, state_dict: Any, path: str) -> None:
+            snapshot.add(state_dict, Path(path))
+
+        def preserves_storage_sharing(self) -> bool:
+            return False  # a snapshot copies what is shown of a tensor, not all of its storage
+
+    return Into()
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:

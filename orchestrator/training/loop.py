@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch.distributed as dist
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, NonFiniteLossError, did_you_mean
@@ -99,6 +100,7 @@ def train(run: Training) -> Outcome:
     batches = Batches(run.train_set, run.config.seed, run.rank, run.config.data)
     state = run.checkpoints.restore(run.engine) or TrainState.start(run.plan, run.config, run.times)
     run.recorder.begin(state, run.engine.clock.lap())
+    dist.barrier()  # an attempt is on record before any rank can fail in it
     state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
     cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)

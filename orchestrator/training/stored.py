@@ -1,9 +1,9 @@
 """Checkpoints in a store: written to this machine's disk, uploaded while training goes on, verified on their way back.
 
-A save holds training up for as long as the shards take to the local disk. Then each rank uploads its part in a thread
-and leaves a note of what it has uploaded, with sizes and SHA-256; rank 0 gathers them and writes the manifest last.
-One save is under way at a time: the next one waits for it. While the store fails, training goes on and the upload is
-tried again, until ``failures.storage_budget_s`` is spent.
+A save holds training up for as long as a copy of the shards in host memory takes. A thread of each rank writes them to
+the local disk, uploads them, and leaves a note of what it has uploaded, with sizes and SHA-256; rank 0 gathers the
+notes and writes the manifest last. One save is under way at a time: the next one waits for it. While the store fails,
+training goes on and the upload is tried again, until ``failures.storage_budget_s`` is spent.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -39,10 +40,11 @@ from orchestrator.training.checkpoint import (
     read_manifest,
     sealed_manifest,
     superseded,
+    take_shards,
     verify,
-    write_shards,
 )
 from orchestrator.training.engine import Engine
+from orchestrator.training.snapshot import Snapshot
 from orchestrator.training.state import TrainState
 
 __all__ = ["StoredCheckpoints", "Witness"]
@@ -63,11 +65,10 @@ class Witness(Protocol):
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way: which files of the local ``folder`` this rank uploads, and what the manifest will say."""
+    """A save under way: the local ``folder`` that it goes by way of, and what the manifest will say."""
 
     name: str
     folder: Path
-    mine: Sequence[Path]
     state: TrainState
     began: float
 
@@ -76,7 +77,8 @@ class StoredCheckpoints:
     """The checkpoints of one run in a store, as seen from one worker. See ``checkpoint.Checkpoints`` for the verbs.
 
     ``root`` is the local folder that the workers of one machine share. ``flush`` brings the records to the store, so
-    that they are there up to each checkpoint. ``budget_s``: for how long the store may fail.
+    that they are there up to each checkpoint. ``budget_s``: for how long the store may fail. ``room`` tells how many
+    bytes of host memory this rank may take for a copy; what finds no room goes to the disk before training goes on.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class StoredCheckpoints:
         budget_s: float,
         flush: Callable[[], None],
         witness: Witness,
+        room: Callable[[], int],
     ) -> None:
         self.fence = fence
         self._run = run
@@ -99,6 +102,7 @@ class StoredCheckpoints:
         self._budget_s = budget_s
         self._flush = flush
         self._witness = witness
+        self._snapshot = Snapshot(room)
         self._thread: threading.Thread | None = None
         self._error: OrchestratorError | None = None
         self._newest: str | None = None
@@ -179,18 +183,17 @@ class StoredCheckpoints:
             raise self._error
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Write everything to the local disk, and begin to upload it. All ranks call it; see ``Checkpoints.save``."""
+        """Take a copy of everything, and begin to write and upload it. All ranks call it; see ``Checkpoints.save``."""
         began = time.monotonic()
         self.finish()
         self.fence.check()
         name = f"step-{state.step:08d}-{self.fence.token}"
         folder = self._root / name
         folder.mkdir(parents=True, exist_ok=True)
-        write_shards(engine, folder)
-        mine = _share(folder)
+        take_shards(engine, folder, self._snapshot)
         _tidy(self._root, keep={name, self._newest})
         self._newest = name
-        save = _Save(name, folder, mine, state, began)
+        save = _Save(name, folder, state, began)
         self._thread = threading.Thread(target=self._upload, args=(save,), name="upload", daemon=True)
         self._thread.start()
 
@@ -212,7 +215,10 @@ class StoredCheckpoints:
         """In the thread: this rank's part; on rank 0 also what makes the checkpoint exist."""
         try:
             store, prefix = self._run.store, f"{CHECKPOINTS}{save.name}"
-            part = self._insist(functools.partial(upload_tree, store, save.folder, prefix, paths=save.mine))
+            mine = self._snapshot.write()
+            if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:  # what DeepSpeed writes beside the shards
+                mine += [path for path in save.folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
+            part = self._insist(functools.partial(upload_tree, store, save.folder, prefix, paths=mine))
             note = json.dumps({file.path: [file.size_bytes, file.sha256] for file in part}).encode()
             self._insist(functools.partial(store.write, f"{prefix}/{PARTS}{dist.get_rank():05d}", note))
             if dist.get_rank() == 0:
@@ -278,14 +284,6 @@ class StoredCheckpoints:
                     ) from None
                 self._witness.checkpoint_trouble(f"checkpoint not uploaded, training goes on: {error}")
             time.sleep(PAUSE_S)
-
-
-def _share(folder: Path) -> list[Path]:
-    """This rank's files of those that the ranks of this machine have written."""
-    names = sorted(path.name for path in folder.glob("rank-*.pt"))
-    index = names.index(f"rank-{dist.get_rank():05d}.pt")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return files[index :: len(names)]
 
 
 def _tidy(root: Path, *, keep: set[str | None]) -> None:
