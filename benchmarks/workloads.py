@@ -12,12 +12,10 @@ from run to run. With `--folder` runs are kept, and those that are there and fin
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -25,12 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from group import records, train
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WORKERS = 2
 STAGES = (0, 1, 2, 3)
 POLICIES = ("fixed", "goodput")
-RUN_TIMEOUT_S = 7200.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Run:
 
     def ended(self, folder: Path) -> Run | None:
         """With what it came to, or None where it has not come to its end."""
-        steps, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl")
+        steps, evaluations = records(folder / "metrics.jsonl"), records(folder / "evaluations.jsonl")
         if not steps or not evaluations or steps[-1]["progress"] < steps[-1]["length"]:
             return None
         return Run(
@@ -117,7 +116,7 @@ def main() -> int:
             for run in missing(runs, folder):
                 shutil.rmtree(folder / run.name, ignore_errors=True)
             if left := missing(runs, folder):
-                _train(left, folder)
+                train([run.words(folder) for run in left], folder / f"{left[0].workload}.json")
             ended = [end for run in runs if (end := run.ended(folder / run.name)) is not None]
             results += ended
             print(name, ", ".join(f"{end.quality:.4f}" for end in ended), file=sys.stderr, flush=True)
@@ -141,23 +140,6 @@ def _options() -> argparse.Namespace:
 def missing(runs: list[Run], folder: Path) -> list[Run]:
     """Those that have not come to their end."""
     return [run for run in runs if run.ended(folder / run.name) is None]
-
-
-def _train(runs: list[Run], folder: Path) -> None:
-    description = folder / f"{runs[0].workload}.json"
-    description.write_text(json.dumps([run.words(folder) for run in runs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
-    )
-    if done.returncode:
-        sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def report(results: list[Run]) -> str:
