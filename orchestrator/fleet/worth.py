@@ -2,8 +2,8 @@
 
 1. **Speed.** A run's speed on an option is its goodput there over its goodput on one device (the mean of the types, by
    their devices). Its remaining work in device-seconds is what remains of its progress over that one device's goodput.
-   Where the remaining work is not known, a run is expected to need as much again as it has had (Lindy's law: what
-   Pareto distributed lengths imply), and ``NEWCOMER_S`` more, in coarse classes.
+   Where the remaining work is not known, a run is expected to need ``AGAIN`` times what it has had (a share of that is
+   what Pareto distributed lengths imply), and ``NEWCOMER_S`` more, in coarse classes.
 2. **Weight.** What a second's work on a run on one device saves all runs together, in seconds: the run itself ends
    ``1 / highest speed`` earlier, and each run that is to end later by ``1 / devices of the cluster``, where all devices
    come free that much earlier. It is the derivative of the sum of completion times by the remaining work of a run, if
@@ -14,7 +14,7 @@
 4. **Value.** Weight x speed. Waiting is worth 0.
 5. **A move must earn its cost.** A running run that changes stands still for its restart: its speed counts ``T / (T +
    cost)``, T the time for which the change will matter: what it still needs, at most ``HORIZON_S``; and less by
-   ``RELUCTANCE``, since the next arrival or end may want it back. Stopping it costs as much as a restart of what it has.
+   ``RELUCTANCE``, since the next arrival or end may want it back. Stopping it costs a restart at what it has.
 6. **Priorities** double the weight for each point. **Deadlines** give a bonus to the options that still meet them.
 """
 
@@ -34,9 +34,11 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 LATEST = 1.5
+"""Chosen: 1 more costs 2 % of the mean and takes 6 % off the 99th percentile, in simulations."""
 LATEST_POWER = 4.0
 CROWD = 10
 NEWCOMER_S = 300.0
+AGAIN = 0.5
 CLASS = 4.0
 """Expected work is rounded to powers of this: with each second counted, runs would overtake each other all the time."""
 HORIZON_S = 1800.0
@@ -114,7 +116,7 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
         timed = bool(rated.timed[index]) and rated.starts[index] < rated.starts[index + 1]
         done = job.progress / base[index] if timed else job.attained_device_s
         if job.remaining_progress is None:
-            found[index] = CLASS ** np.round(np.log(done + NEWCOMER_S) / np.log(CLASS))
+            found[index] = CLASS ** np.round(np.log(AGAIN * done + NEWCOMER_S) / np.log(CLASS))
         elif timed:
             found[index] = job.remaining_progress / base[index]
         elif job.progress > 0.0 and job.attained_device_s > 0.0:
@@ -125,7 +127,7 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
 
 
 def _weights(fleet: Fleet, left_s: Array, highest: Array) -> Array:
-    """Items 2 and 3, times the priority; ``left_s`` at the highest speed. Of equals the one submitted first is heavier."""
+    """Items 2 and 3, times the priority, with the time left at the highest speed; of equals the first is the heavier."""
     jobs = fleet.jobs
     order = np.lexsort((-np.arange(len(jobs)), -left_s))
     later = np.empty(len(jobs))
