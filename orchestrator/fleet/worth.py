@@ -127,7 +127,7 @@ def _remaining_device_s(fleet: Fleet, rated: Options, base: Array) -> Array:
 
 
 def _weights(fleet: Fleet, left_s: Array, highest: Array) -> Array:
-    """Items 2 and 3, times the priority, with the time left at the highest speed; of equals the first is the heavier."""
+    """Items 2 and 3, times the priority; ``left_s`` at the highest speed. Of equals the first is the heavier."""
     jobs = fleet.jobs
     order = np.lexsort((-np.arange(len(jobs)), -left_s))
     later = np.empty(len(jobs))
