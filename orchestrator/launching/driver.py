@@ -165,7 +165,7 @@ def _launch(
             driver=home.driver,
             profile=profiled[0],
             stored=home.stored,
-            drains=not cluster.embedded,
+            lasting=cluster.lasting,
         )
         resumes = home.newest() is not None
         order, plan = probed(request, order, plan, sizes, profiled, listener.note, resumes=resumes)

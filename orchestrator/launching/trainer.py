@@ -13,12 +13,13 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import StorageError
 from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
 from orchestrator.launching.recovery import Cause, Trouble, answer
+from orchestrator.launching.spared import SparingTrainer
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.filesystem import storage_filesystem
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "Recovery", "make_probe_trainer", "make_trainer", "spare_nodes"]
 
 
-def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
+def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
     return _trainer(
         work,
@@ -47,7 +48,7 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
     )
 
 
-def make_probe_trainer(probe: ProbeOrder) -> TorchTrainer:
+def make_probe_trainer(probe: ProbeOrder) -> SparingTrainer:
     """A ``TorchTrainer`` that probes on the planned workers, and is not started again when they end."""
     from orchestrator.launching.probing import work as work_probe  # which imports this module
 
@@ -67,11 +68,12 @@ def _trainer(
     name: str,
     budgets: dict[str, Any],
     callbacks: Sequence[Any] = (),
-) -> TorchTrainer:
+) -> SparingTrainer:
     on_gpu = plan.device == "cuda"
     resources = {"CPU": order.job.config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
-    return TorchTrainer(
+    return SparingTrainer(
         function,
+        lasting=order.lasting,
         train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -93,7 +95,7 @@ def _trainer(
 class Fit:
     """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
 
-    def __init__(self, trainer: TorchTrainer) -> None:
+    def __init__(self, trainer: SparingTrainer) -> None:
         self.error: BaseException | None = None
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)

@@ -60,8 +60,8 @@ class Order:
     """The largest micro batch, after a larger one ran out of memory."""
     avoid: tuple[str, ...] = ()
     """Ids of nodes on which no worker is to be placed."""
-    drains: bool = False
-    """Whether nodes may be taken away after notice: not those of an embedded cluster."""
+    lasting: bool = False
+    """Whether the cluster outlives the run, and nodes may be taken away after notice: not so where it is embedded."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -207,7 +207,7 @@ class _Worker:
             times=StepTimes() if measured is None else measured.step_times(),
             stop_requested=self._place.stop_requested,
             watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
-            notice=DrainNotice() if self._order.drains else NoNotice(),
+            notice=DrainNotice() if self._order.lasting else NoNotice(),
             **_past(self._folder),
         )
 
