@@ -23,7 +23,15 @@ from orchestrator.telemetry.records import read
 
 __all__ = ["RECORDS", "Attempt", "Place", "SharedPlace", "Stored", "StoredPlace"]
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "decisions.jsonl", "events.jsonl", "attempts.jsonl", "plan.json")
+RECORDS = (
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "decisions.jsonl",
+    "events.jsonl",
+    "attempts.jsonl",
+    "health.jsonl",
+    "plan.json",
+)
 PUSH_S = 2.0
 QUICK_S = 20.0
 """After so long a store that does not answer is trouble that is told of; it is tried again in any case."""
@@ -57,6 +65,8 @@ class Place(Protocol):
 
     folder: RunFolder
     log: Path
+    disk: Path
+    """Where checkpoints go on this machine, on their way or for good."""
 
     def begin(self) -> Attempt: ...
     def guard(self, token: str) -> Guard: ...
@@ -73,6 +83,7 @@ class SharedPlace:
     def __init__(self, root: Path, rank: int, driver: str) -> None:
         self.folder = RunFolder(root)
         self.log = self.folder.logs / f"worker-{rank}.log"
+        self.disk = root
         self._driver = driver
         self._guard: Fence | None = None
 
@@ -123,7 +134,7 @@ class StoredPlace:
         self._run = stored.run()
         self._quick = stored.run(quick=True)
         self._rank = rank
-        self._shared = working_folder(stored.uri)
+        self._shared = self.disk = working_folder(stored.uri)
         try:
             root, self._lock = own_folder(self._shared / "workers")
             self.folder = RunFolder(root)

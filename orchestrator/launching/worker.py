@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.errors import DataError, OrchestratorError, UnhealthyNodeError
 from orchestrator.job import Job
 from orchestrator.launching.drains import DrainNotice
 from orchestrator.launching.failures import WorkerFailedError, describe, hanging, write_failure
@@ -186,6 +186,7 @@ class _Worker:
             nodes=nodes,
             publisher=self._publisher,
         )
+        self._examine(config, plan, device, nodes)
         return Training(
             config=config,
             plan=plan,
@@ -210,6 +211,36 @@ class _Worker:
             notice=DrainNotice() if self._order.drains else NoNotice(),
             **_past(self._folder),
         )
+
+    def _examine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> None:
+        """Find out how well all ranks are, before the engine takes the device; leave a slow node where asked to.
+
+        Raises:
+            UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
+        """
+        import torch.distributed as dist
+
+        from orchestrator.training.health import examine
+
+        found = examine(device, self._place.disk, config.health, nodes=nodes)
+        self._recorder.health(self._rank, found)
+        slow = [finding for finding in found.findings if finding.kind == "slow"]
+        if not config.health.exclude or not slow:
+            return
+        spare: list[Any] = [self._spare(plan) if self._rank == 0 else None]
+        dist.broadcast_object_list(spare, src=0)
+        leaving = next((finding for finding in slow if finding.node in spare[0]), None)
+        if leaving is None:
+            self._recorder.event("health_no_room", f"there is no room without node {slow[0].node}: going on with it")
+            return
+        if leaving.rank == self._rank:
+            raise UnhealthyNodeError(leaving.text, leaving.node)
+        dist.barrier()
+
+    def _spare(self, plan: Plan) -> frozenset[str]:
+        from orchestrator.launching.trainer import spare_nodes  # which imports this module
+
+        return spare_nodes(plan, self._order.job.config.scale.cpus_per_worker, self._order.avoid)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.
