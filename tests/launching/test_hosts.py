@@ -7,97 +7,23 @@ host a driver would attach to the head's own node and die with it, whatever node
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import TIMEOUT_S
+from hosts import ADDRESS, HEAD_MAY_GO, TOKEN, Hosts, wait_until, why_not
 
-import kube
 from orchestrator.telemetry.records import read
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SCRIPT = (kube.test_data() or Path("/nonexistent")).parent / "tools" / "ray-hosts.sh"
-ADDRESS = "http://10.77.0.1:8265"
-ELSEWHERE = "s3"  # the host without Ray: Redis is there, and whoever submits
-TOKEN = "three-hosts-0123456789"
 RUN = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=2")
-# As the chart sets them: work waits for the head, and the driver is not on it.
-HEAD_MAY_GO = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
+# As the chart does: the driver is not on the head.
 DRIVER_ELSEWHERE = ("--driver-cpus", "1")
-
-
-def why_not() -> str | None:
-    if not SCRIPT.is_file():
-        return "no ray-hosts.sh: set ORCHESTRATOR_TEST_DATA to the folder beside tools/ that holds it"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    absent = [name for name in ("ip", "unshare", "redis-server") if shutil.which(name) is None]
-    if absent:
-        return f"not found: {', '.join(absent)} (Debian: iproute2, util-linux, redis-server)"
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
-    return "the hosts are up already, for somebody else" if "rhsw" in listed.stdout else None
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """A head that has no CPUs, two hosts with two each, and Redis."""
-
-    folder: Path
-    password: str
-
-    def __call__(self, verb: str, *words: str, **more: str) -> None:
-        done = subprocess.run(
-            ["bash", str(SCRIPT), verb, str(self.folder), *words],
-            env={**self.environment(), **more},
-            cwd=self.folder,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, [path.read_text() for path in self.folder.glob("*.log")]
-
-    def environment(self, token: str = TOKEN) -> dict[str, str]:
-        kept = {key: value for key, value in environment(self.folder).items() if not key.startswith("RAY_")}
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        own = {"RAY": f"{sys.executable} -m ray.scripts.scripts", "RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
-        return {**kept, **own, "PATH": path, "RAY_API_SERVER_ADDRESS": ADDRESS}
-
-    def start_head(self) -> None:
-        redis = {"RAY_REDIS_ADDRESS": "10.77.0.4:6380", "RAY_ARGS": f"--redis-password={self.password}"}
-        self("start", "head", CPUS="0", **redis, **HEAD_MAY_GO)
-
-    def start(self, *words: str, token: str = TOKEN) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["ip", "netns", "exec", f"rh{ELSEWHERE}", *words],
-            env=self.environment(token),
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def orchestrator(self, *words: str, token: str = TOKEN) -> Ended:
-        process = self.start(sys.executable, "-m", "orchestrator", *words, token=token)
-        out, err = process.communicate(timeout=TIMEOUT_S)
-        return Ended(process.returncode, out, err)
-
-    def run(self, name: str) -> Path:
-        return self.folder / "orchestrator" / "runs" / name
-
-    def step(self, name: str) -> int:
-        """The last step that the run has recorded; its folder is on a disk that all hosts share."""
-        records = self.run(name) / "metrics.jsonl"
-        return max((int(record["step"]) for record in read(records)), default=0) if records.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +43,6 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     finally:
         made("down")
     redis.communicate()
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not ready():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:

@@ -1,0 +1,141 @@
+"""How long a run stands still when a host is killed under it: from SIGKILL to the next step, and what that time is.
+
+    python benchmarks/host_kill.py            # 4 kills, a few minutes; needs root, iproute2, redis and ray-hosts.sh
+    python benchmarks/host_kill.py --write    # the result into benchmarks/results/
+
+A head without CPUs, where the driver is, and three hosts with one CPU each, all namespaces of this machine with their
+own network and processes. The digits ResNet trains on two workers, so on two of the three hosts. One of these two is
+killed with all that runs on it, the third takes its place, and the killed one is started again before the next kill.
+Wanted: the next step in under 20 s, and no more work lost than one checkpoint interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from hosts import HEAD_MAY_GO, Hosts, wait_until, why_not  # noqa: E402 - the tests' own hosts
+
+TARGET_S, INTERVAL_S = 20.0, 5.0
+HOSTS = ("w1", "w2", "s3")
+NAME = "killed"
+PHASES = {
+    "noticed": "Ray notices, and the controller has asked the policy",
+    "group": "a new worker group: processes, imports, process group, data, plan",
+    "examined": "the check before the first step",
+    "restored": "engine made, checkpoint verified and loaded",
+    "stepped": "the next step",
+}
+
+
+def main() -> int:
+    """Run the benchmark; the exit code says only whether it ran."""
+    parser = argparse.ArgumentParser(description="Time from the kill of a host to the next step.")
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/DATE-host-kill.md")
+    options = parser.parse_args()
+    if reason := why_not():
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory(prefix="host-kill-") as folder:
+        kills = _measure(Hosts(Path(folder), secrets.token_hex(8)), options.kills)
+    text = report(kills, options.kills)
+    print(text)
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{datetime.now(UTC).date()}-host-kill.md").write_text(text + "\n")
+    return 0
+
+
+def _measure(hosts: Hosts, count: int) -> list[dict[str, float]]:
+    words = ["submit", "jobs.vision:digits", "--arg", "epochs=5000", "--set", f"name={NAME}", "--no-follow"]
+    fields = {"policy.name": "fixed", "scale.workers": 2, "checkpoint.interval_s": INTERVAL_S}
+    words += [word for field, value in fields.items() for word in ("--set", f"{field}={value}")]
+    kills: list[dict[str, float]] = []
+    try:
+        hosts("up")
+        redis = ["redis-server", "--port", "6380", "--bind", "10.77.0.4", "--requirepass", hosts.password]
+        subprocess.Popen(["ip", "netns", "exec", "rhs3", *redis, "--save", ""], stdout=subprocess.DEVNULL)
+        hosts.start_head()
+        for host in HOSTS:
+            hosts("start", host, CPUS="1", **HEAD_MAY_GO)
+        sent = hosts.orchestrator(*words)
+        if sent.code:
+            sys.exit(sent.err)
+        for number in range(count):
+            kills.append(_kill(hosts, number))
+            print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
+    finally:
+        hosts("down")
+    return kills
+
+
+def _kill(hosts: Hosts, number: int) -> dict[str, float]:
+    """Kill one of the run's hosts in its turn, wait for the next step, start the host again; returns the phases."""
+    run = hosts.run(NAME)
+    begun = _records(run, "metrics.jsonl")[-1]["step"] if number else 0
+    wait_until(lambda: hosts.step(NAME) > begun + 50 and any((run / "checkpoints").glob("step-*")))
+    time.sleep(1.7 * number)  # at another moment between two checkpoints each time
+    victim = [host for host in ("w1", "w2") if hosts.workers_on(host)][-1]
+    before = len(_records(run, "attempts.jsonl"))
+    failures = len(_records(run, "failures.jsonl"))
+    killed_at = time.time()
+    hosts("kill", victim)
+
+    def steps_since() -> list[dict[str, Any]]:
+        return [record for record in _records(run, "metrics.jsonl") if record["attempt"] > before]
+
+    wait_until(lambda: bool(steps_since()))
+    failed = _records(run, "failures.jsonl")[failures]["time"]
+    health, started = _records(run, "health.jsonl")[-1], _records(run, "attempts.jsonl")[-1]
+    moments = [killed_at, failed, health["time"] - health["took_s"], health["time"], started["time"]]
+    moments.append(steps_since()[0]["time"])
+    hosts("start", victim, CPUS="1", **HEAD_MAY_GO)
+    phases = {name: after - before for name, before, after in zip(PHASES, moments, moments[1:], strict=False)}
+    return {**phases, "total": moments[-1] - killed_at, "repeated_s": started["repeated_s"]}
+
+
+def _records(run: Path, name: str) -> list[dict[str, Any]]:
+    from orchestrator.telemetry.records import read
+
+    return read(run / name) if (run / name).exists() else []
+
+
+def report(kills: list[dict[str, float]], count: int) -> str:
+    """Return the result as Markdown."""
+    head = (
+        f"# From the kill of a host to the next step\n\n{datetime.now(UTC).date()}. {len(os.sched_getaffinity(0))} "
+        "cores, shared by head, three hosts, two workers and the driver.\n\n"
+        f"`python benchmarks/host_kill.py --kills {count}`\n"
+    )
+    numbers = range(1, len(kills) + 1)
+    rows = [f"| s | {' | '.join(f'kill {number}' for number in numbers)} | median |"]
+    rows.append(f"| --- {'| ---: ' * (len(kills) + 1)}|")
+    for name, text in {**PHASES, "total": "**kill to next step**", "repeated_s": "work lost"}.items():
+        values = [kill[name] for kill in kills]
+        rows.append(f"| {text} | {' | '.join(f'{value:.1f}' for value in [*values, statistics.median(values)])} |")
+    total, lost = (statistics.median(kill[name] for kill in kills) for name in ("total", "repeated_s"))
+    most = max(kill["repeated_s"] for kill in kills)
+    last = (
+        f"Median {total:.1f} s; wanted under {TARGET_S:.0f} s: {'met' if total < TARGET_S else 'missed'}. Work lost: "
+        f"median {lost:.1f} s, at most {most:.1f} s of steps; wanted at most the {INTERVAL_S:.0f} s of a checkpoint "
+        f"interval: {'met' if most <= INTERVAL_S else 'missed'}."
+    )
+    return "\n".join([head, *rows, "", last])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
