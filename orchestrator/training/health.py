@@ -110,7 +110,7 @@ def examine(device: torch.device, folder: Path, config: HealthConfig, *, nodes: 
         memory_free_bytes=_memory_free_bytes(device),
         disk_free_bytes=shutil.disk_usage(folder).free,
         clock_offset_s=_clock_offset_s(),
-        **rates,  # type: ignore[arg-type]
+        **rates,
     )
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -305,4 +305,4 @@ def _clock_offset_s() -> float:
         clocks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(clocks, time.time())
         offsets.append(clocks[dist.get_rank()] - statistics.median_low(clocks))
-    return statistics.median(offsets)
+    return float(statistics.median(offsets))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMEOUT_S
+from commands import TIMEOUT_S, Ended, losses, records
 from hosts import ADDRESS, HEAD_MAY_GO, TOKEN, Hosts, wait_until, why_not
 
 from orchestrator.telemetry.records import read
@@ -97,6 +98,58 @@ def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
     manifest = json.loads((Path(summary["checkpoint"]) / "manifest.json").read_text())
     assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}")
     assert {f"rank-{rank:05d}.pt" for rank in (0, 1)} <= set(json.dumps(manifest).split('"'))
+
+
+def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts: Hosts, undisturbed: Ended) -> None:
+    """One worker on each host: those who are left wait for the other in a collective, and nobody says that it is gone.
+
+    The driver is on the head. Ray ends what it had given up once it hears of it; its host then starts Ray again.
+    """
+    words = (*RUN, "--set", "name=cut", "--set", "scale.cpus_per_worker=1.5", "--set", "checkpoint.interval_s=2")
+    followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
+    wait_until(lambda: hosts.step("cut") > 20, followed)
+    hosts("cut", "w1")
+    time.sleep(30.0)
+    hosts("heal", "w1")
+    wait_until(lambda: not hosts.workers_on("w1"), followed)
+    hosts("start", "w1", CPUS="2", **HEAD_MAY_GO)
+    out, err = followed.communicate(timeout=TIMEOUT_S)
+    assert followed.returncode == 0, out + err
+    assert [record["cause"] for record in records(hosts.run("cut"), "failures.jsonl")] == ["worker_lost"]
+    assert [len(set(start["nodes"])) for start in starts(hosts, "cut")] == [2, 2]
+    assert losses(hosts.run("cut")) == losses(Path(undisturbed.summary["folder"]))
+
+
+def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: Ended) -> None:
+    """Both workers fit on one host, and Ray places them there again until the label selector says otherwise."""
+    fields = ("name=left", "checkpoint.interval_s=1000", "failures.max_restarts=9")
+    words = (*RUN, *(word for field in fields for word in ("--set", field)))
+    followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
+    answers: list[dict[str, Any]] = []
+    while not answers or answers[-1]["action"] == "restart":
+        attempts = len(answers) + 1
+        wait_until(lambda n=attempts: newest_attempt(hosts, "left") == n, followed)  # type: ignore[misc]
+        victim = next(worker for host in ("w1", "w2") for worker in hosts.workers_on(host))
+        victim.kill()
+        wait_until(lambda n=attempts: len(records(hosts.run("left"), "failures.jsonl")) == n, followed)  # type: ignore[misc]
+        answers = records(hosts.run("left"), "failures.jsonl")
+    out, err = followed.communicate(timeout=TIMEOUT_S)
+    assert followed.returncode == 0, out + err
+    node = answers[-1]["node"]
+    assert answers[-2]["node"] == node
+    assert answers[-1]["reason"] == f"2 failures in a row began on node {node}"
+    assert f"starting the workers anew, without node {node}" in out + err
+    assert node not in starts(hosts, "left")[-1]["nodes"]
+    assert losses(hosts.run("left")) == losses(Path(undisturbed.summary["folder"]))
+
+
+def starts(hosts: Hosts, name: str) -> list[dict[str, Any]]:
+    return [record for record in records(hosts.run(name), "attempts.jsonl") if record["event"] == "started"]
+
+
+def newest_attempt(hosts: Hosts, name: str) -> int:
+    """The attempt of the last step that the run has recorded."""
+    return max((int(record["attempt"]) for record in records(hosts.run(name))), default=0)
 
 
 @pytest.mark.parametrize(
