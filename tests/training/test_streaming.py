@@ -21,7 +21,7 @@ from orchestrator.planning.layout import Layout
 from orchestrator.storage.store import open_store
 from orchestrator.training.data import Batches, Stream, open_dataset
 from orchestrator.training.streaming import StreamingDataset, WindowOrder
-from s3_server import BUCKET
+from s3_server import BUCKET, Weed
 
 seeds = st.integers(0, 2**32 - 1)
 orders = st.builds(
@@ -133,16 +133,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def place(request: pytest.FixtureRequest, files: Path) -> str:
-    """The same files in a folder and in S3."""
-    if request.param == "local":
-        return str(files)
-    request.getfixturevalue("s3")
+@pytest.fixture
+def in_s3(s3: Weed, files: Path) -> str:
+    """The same files in S3."""
     store = open_store(f"s3://{BUCKET}/{secrets.token_hex(4)}")
     for path in files.iterdir():
         store.upload(path, path.name)
     return store.uri
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, files: Path) -> str:
+    """The files in a folder and in S3."""
+    return str(files) if request.param == "local" else str(request.getfixturevalue("in_s3"))
 
 
 def decode(columns: Any) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class Life:
 def lives(draw: st.DrawFn) -> Life:
     """Micro batch and accumulation stay or change from one step to the next, as a policy wants them."""
     layouts = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=3))
-    steps = tuple(layout for layout in layouts for _ in range(draw(st.integers(1, 3))))
+    steps = tuple(layout for layout in layouts for _ in range(draw(st.integers(1, 2))))
     return Life(draw(st.integers(1, 4)), steps, draw(st.integers(0, len(steps))))
 
 
@@ -185,13 +188,28 @@ def seen(open_batches: Any, lived: Sequence[Life], seed: int) -> tuple[list[int]
     return order, lost
 
 
-@pytest.mark.parametrize(("mode", "lanes"), [("memory", 1), ("streaming", 1), ("streaming", 2)])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MODES = pytest.mark.parametrize(("mode", "lanes"), [("memory", 1), ("streaming", 1), ("streaming", 2)])
+
+
+@MODES
+@settings(max_examples=25)
 @given(st.lists(lives(), min_size=1, max_size=4), seeds)
 def test_every_sample_once_per_epoch_whatever_happens(
-    place: str, mode: str, lanes: int, lived: list[Life], seed: int
+    files: Path, mode: str, lanes: int, lived: list[Life], seed: int
 ) -> None:
     """Each life has new workers, a new number of them, other batches, and goes on at the last checkpoint's cursor."""
+    check_lives(str(files), mode, lanes, lived, seed)
+
+
+@pytest.mark.s3
+@MODES
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(lives(), min_size=2, max_size=3), seeds)
+def test_the_same_from_s3(in_s3: str, mode: str, lanes: int, lived: list[Life], seed: int) -> None:
+    check_lives(in_s3, mode, lanes, lived, seed)
+
+
+def check_lives(place: str, mode: str, lanes: int, lived: Sequence[Life], seed: int) -> None:
     settings_ = config(mode=mode, window=3, lanes=lanes, ahead=1, threads=2)
 
     def open_batches(seed: int, rank: int) -> Batches:
