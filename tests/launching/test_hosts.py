@@ -105,7 +105,7 @@ def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts:
 
     The driver is on the head. Ray ends what it had given up once it hears of it; its host then starts Ray again.
     """
-    words = (*RUN, "--set", "name=cut", "--set", "scale.cpus_per_worker=1.5", "--set", "checkpoint.interval_s=2")
+    words = (*RUN, "--set", "name=cut", "--set", "scale.cpus_per_worker=1.5", "--set", "checkpoint.interval_steps=10")
     followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
     wait_until(lambda: hosts.step("cut") > 20, followed)
     hosts("cut", "w1")
@@ -117,6 +117,7 @@ def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts:
     assert followed.returncode == 0, out + err
     assert [record["cause"] for record in records(hosts.run("cut"), "failures.jsonl")] == ["worker_lost"]
     assert [len(set(start["nodes"])) for start in starts(hosts, "cut")] == [2, 2]
+    assert starts(hosts, "cut")[1]["step"] >= 20
     assert losses(hosts.run("cut")) == losses(Path(undisturbed.summary["folder"]))
 
 
