@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, OrchestratorError, UnhealthyNodeError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.job import Job
 from orchestrator.launching.drains import DrainNotice
 from orchestrator.launching.failures import WorkerFailedError, describe, hanging, write_failure
@@ -218,24 +218,12 @@ class _Worker:
         Raises:
             UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
         """
-        import torch.distributed as dist
-
-        from orchestrator.training.health import examine
+        from orchestrator.training.health import examine, leave_slow_node
 
         found = examine(device, self._place.disk, config.health, nodes=nodes)
         self._recorder.health(self._rank, found)
-        slow = [finding for finding in found.findings if finding.kind == "slow"]
-        if not config.health.exclude or not slow:
-            return
-        spare: list[Any] = [self._spare(plan) if self._rank == 0 else None]
-        dist.broadcast_object_list(spare, src=0)
-        leaving = next((finding for finding in slow if finding.node in spare[0]), None)
-        if leaving is None:
-            self._recorder.event("health_no_room", f"there is no room without node {slow[0].node}: going on with it")
-            return
-        if leaving.rank == self._rank:
-            raise UnhealthyNodeError(leaving.text, leaving.node)
-        dist.barrier()
+        if config.health.exclude:
+            leave_slow_node(found, functools.partial(self._spare, plan), self._recorder.event)
 
     def _spare(self, plan: Plan) -> frozenset[str]:
         from orchestrator.launching.trainer import spare_nodes  # which imports this module

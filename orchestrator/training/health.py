@@ -22,7 +22,7 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,9 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import HealthConfig
+from orchestrator.errors import UnhealthyNodeError
 
-__all__ = ["Figures", "Finding", "Health", "examine", "judge", "measures_rates", "rounds"]
+__all__ = ["Figures", "Finding", "Health", "examine", "judge", "leave_slow_node", "measures_rates", "rounds"]
 
 GIB = 2**30
 MATMUL_S = 0.3
@@ -115,6 +116,28 @@ def examine(device: torch.device, folder: Path, config: HealthConfig, *, nodes: 
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return Health(tuple(everyone), judge(everyone, config), time.monotonic() - began)
+
+
+def leave_slow_node(found: Health, spare: Callable[[], Collection[str]], tell: Callable[[str, str], None]) -> None:
+    """End this group if a rank is slow and the run has room without its node. All ranks call it.
+
+    ``spare`` names the nodes without any one of which there is room, and is asked on rank 0; ``tell`` records an event.
+
+    Raises:
+        UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
+    """
+    slow = [finding for finding in found.findings if finding.kind == "slow"]
+    if not slow:
+        return
+    room: list[Any] = [spare() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(room, src=0)
+    leaving = next((finding for finding in slow if finding.node in room[0]), None)
+    if leaving is None:
+        tell("health_no_room", f"there is no room without node {slow[0].node}: going on with it")
+        return
+    if leaving.rank == dist.get_rank():
+        raise UnhealthyNodeError(leaving.text, leaving.node)
+    dist.barrier()
 
 
 # -- judging -----------------------------------------------------------------------------------

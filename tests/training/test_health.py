@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gloo import GlooGroup
 from orchestrator.config import HealthConfig
-from orchestrator.training.health import Figures, Health, examine, judge, measures_rates, rounds
+from orchestrator.errors import UnhealthyNodeError
+from orchestrator.training.health import Figures, Health, examine, judge, leave_slow_node, measures_rates, rounds
 
 CONFIG = HealthConfig(rates=True)
 RATES = st.floats(1e6, 1e15)
@@ -122,6 +124,25 @@ def test_every_link_leaves_its_node_where_there_are_several(count: int, each: in
 
 def examined(folder: Path, nodes: list[str]) -> Health:
     return examine(torch.device("cpu"), folder, CONFIG, nodes=nodes)
+
+
+def left(room: frozenset[str]) -> tuple[list[tuple[str, str]], str]:
+    """Of ranks 0 and 1 the second is slow: what is told, and which node is left."""
+    told: list[tuple[str, str]] = []
+    ranks = tuple(group(1e12, 1e10))
+    try:
+        leave_slow_node(Health(ranks, judge(ranks, CONFIG), 0.0), lambda: room, lambda *event: told.append(event))
+    except UnhealthyNodeError as error:
+        dist.barrier()  # where the other rank waits, until Ray ends it
+        return told, error.node
+    return told, ""
+
+
+@pytest.mark.slow
+def test_a_slow_node_is_left_by_its_own_rank_if_there_is_room(two: GlooGroup) -> None:
+    assert two.run(left, frozenset({"n0", "n1"})) == [([], ""), ([], "n1")]
+    stays = [("health_no_room", "there is no room without node n1: going on with it")]
+    assert two.run(left, frozenset({"n0"})) == [(stays, ""), (stays, "")]
 
 
 @contextlib.contextmanager
