@@ -28,9 +28,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "launching")]
 
-from hosts import HEAD_MAY_GO, Hosts, wait_until, why_not  # noqa: E402 - the tests' own hosts
+from test_hosts import HEAD_MAY_GO, Hosts, wait_until, why_not  # noqa: E402 - the tests' own hosts
 
 TARGET_S, INTERVAL_S = 20.0, 5.0
 # Ray starts workers at niceness 15: here they would wait for whatever else the machine does, on hosts of their own not.

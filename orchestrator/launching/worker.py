@@ -137,7 +137,6 @@ class _Worker:
 
     def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
-        from orchestrator.training.engine import Engine
         from orchestrator.training.loop import NoNotice, Training
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
@@ -186,12 +185,11 @@ class _Worker:
             nodes=nodes,
             publisher=self._publisher,
         )
-        self._examine(config, plan, device, nodes)
         return Training(
             config=config,
             plan=plan,
             task=task,
-            engine=Engine(task, config, plan, device=device),
+            engine=self._engine(config, plan, device, nodes),
             train_set=train_set,
             evaluation_set=evaluation_set,
             checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
@@ -212,18 +210,20 @@ class _Worker:
             **_past(self._folder),
         )
 
-    def _examine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> None:
+    def _engine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> Any:
         """Find out how well all ranks are, before the engine takes the device; leave a slow node where asked to.
 
         Raises:
             UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
         """
+        from orchestrator.training.engine import Engine
         from orchestrator.training.health import examine, leave_slow_node
 
         found = examine(device, self._place.disk, config.health, nodes=nodes)
         self._recorder.health(self._rank, found)
         if config.health.exclude:
             leave_slow_node(found, functools.partial(self._spare, plan), self._recorder.event)
+        return Engine(self._order.job.task, config, plan, device=device)
 
     def _spare(self, plan: Plan) -> frozenset[str]:
         from orchestrator.launching.trainer import spare_nodes  # which imports this module

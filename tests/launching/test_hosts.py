@@ -7,24 +7,109 @@ host a driver would attach to the head's own node and die with it, whatever node
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMEOUT_S, Ended, losses, records
-from hosts import ADDRESS, HEAD_MAY_GO, TOKEN, Hosts, wait_until, why_not
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment, losses, records
 
+import kube
 from orchestrator.telemetry.records import read
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+SCRIPT = (kube.test_data() or Path("/nonexistent")).parent / "tools" / "ray-hosts.sh"
+ADDRESS = "http://10.77.0.1:8265"
+ELSEWHERE = "s3"  # the host without Ray: Redis is there, and whoever submits
+TOKEN = "three-hosts-0123456789"
 RUN = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=2")
-# As the chart does: the driver is not on the head.
+# As the chart sets them: work waits for the head, and the driver is not on it.
+HEAD_MAY_GO = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 DRIVER_ELSEWHERE = ("--driver-cpus", "1")
+
+
+def why_not() -> str | None:
+    if not SCRIPT.is_file():
+        return "no ray-hosts.sh: set ORCHESTRATOR_TEST_DATA to the folder beside tools/ that holds it"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    absent = [name for name in ("ip", "unshare", "redis-server") if shutil.which(name) is None]
+    if absent:
+        return f"not found: {', '.join(absent)} (Debian: iproute2, util-linux, redis-server)"
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return "the hosts are up already, for somebody else" if "rhsw" in listed.stdout else None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """A head that has no CPUs, two hosts with two each, and Redis."""
+
+    folder: Path
+    password: str
+
+    def __call__(self, verb: str, *words: str, **more: str) -> None:
+        done = subprocess.run(
+            ["bash", str(SCRIPT), verb, str(self.folder), *words],
+            env={**self.environment(), **more},
+            cwd=self.folder,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, [path.read_text() for path in self.folder.glob("*.log")]
+
+    def environment(self, token: str = TOKEN) -> dict[str, str]:
+        kept = {key: value for key, value in environment(self.folder).items() if not key.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"RAY": f"{sys.executable} -m ray.scripts.scripts", "RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
+        return {**kept, **own, "PATH": path, "RAY_API_SERVER_ADDRESS": ADDRESS}
+
+    def start_head(self) -> None:
+        redis = {"RAY_REDIS_ADDRESS": "10.77.0.4:6380", "RAY_ARGS": f"--redis-password={self.password}"}
+        self("start", "head", CPUS="0", **redis, **HEAD_MAY_GO)
+
+    def start(self, *words: str, token: str = TOKEN) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", f"rh{ELSEWHERE}", *words],
+            env=self.environment(token),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def orchestrator(self, *words: str, token: str = TOKEN) -> Ended:
+        process = self.start(sys.executable, "-m", "orchestrator", *words, token=token)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return Ended(process.returncode, out, err)
+
+    def ray_job(self, verb: str, *words: str) -> int:
+        """Ray's own command line; returns its exit code."""
+        process = self.start(sys.executable, "-m", "ray.scripts.scripts", "job", verb, "--address", ADDRESS, *words)
+        process.communicate(timeout=TIMEOUT_S)
+        return process.returncode
+
+    def workers_on(self, host: str) -> list[int]:
+        """The processes that train on ``host``, by the names that Ray gives them."""
+        listed = subprocess.run(["ip", "netns", "pids", f"rh{host}"], capture_output=True, text=True, check=True)
+        found = [Path(f"/proc/{pid}/cmdline") for pid in listed.stdout.split()]
+        return [int(path.parts[2]) for path in found if path.exists() and b"RayTrainWorker" in path.read_bytes()]
+
+    def run(self, name: str) -> Path:
+        return self.folder / "orchestrator" / "runs" / name
+
+    def step(self, name: str) -> int:
+        """The last step that the run has recorded; its folder is on a disk that all hosts share."""
+        records = self.run(name) / "metrics.jsonl"
+        return max((int(record["step"]) for record in read(records)), default=0) if records.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +129,14 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     finally:
         made("down")
     redis.communicate()
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ready():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:
@@ -78,10 +171,12 @@ def test_plain_ray_job_submit_ends_as_the_run_does(
     hosts: Hosts, name: str, more: tuple[str, ...], code: int, said: str
 ) -> None:
     entrypoint = ["python", "-m", "orchestrator", "run", *RUN, "--set", f"name={name}", *more]
-    words = ["submit", "--submission-id", name, "--entrypoint-num-cpus", "1", "--working-dir", "."]
-    ended = ray_job(hosts, *words, "--", *entrypoint)
-    assert (ended.code == 0) is (code == 0), ended.out + ended.err
-    assert said in ended.out
+    words = ["job", "submit", "--submission-id", name, "--entrypoint-num-cpus", "1", "--address", ADDRESS]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", *words, "--working-dir", ".", "--", *entrypoint]
+    process = hosts.start(*submit)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode == 0) is (code == 0), out + err
+    assert said in out
     assert hosts.orchestrator("wait", name).code == code
 
 
@@ -121,15 +216,16 @@ def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts:
 
 def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: Ended) -> None:
     """Something else fills the other host at first, or Ray would place workers there after the first failure."""
-    ray_job(hosts, "submit", "--no-wait", "--submission-id=filler", "--entrypoint-num-cpus=2", "--", "sleep", "1000")
+    fill = ["submit", "--no-wait", "--submission-id=filler", "--entrypoint-num-cpus=2", "--", "sleep", "1000"]
+    assert hosts.ray_job(*fill) == 0
     fields = ("name=left", "checkpoint.interval_s=1000")
     words = (*RUN, *(word for field in fields for word in ("--set", field)))
     followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
     for attempt in (1, 2):
         wait_until(lambda n=attempt: newest_attempt(hosts, "left") == n, followed)  # type: ignore[misc]
-        next(worker for host in ("w1", "w2") for worker in hosts.workers_on(host)).kill()
+        os.kill(next(worker for host in ("w1", "w2") for worker in hosts.workers_on(host)), 9)
         wait_until(lambda n=attempt: len(failures(hosts, "left")) == n, followed)  # type: ignore[misc]
-    ray_job(hosts, "stop", "filler")
+    assert hosts.ray_job("stop", "filler") == 0
     out, err = followed.communicate(timeout=TIMEOUT_S)
     assert followed.returncode == 0, out + err
     first, again = failures(hosts, "left")
@@ -138,13 +234,6 @@ def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: En
     assert f"starting the workers anew, without node {first['node']}" in out + err
     assert first["node"] not in starts(hosts, "left")[-1]["nodes"]
     assert losses(hosts.run("left")) == losses(Path(undisturbed.summary["folder"]))
-
-
-def ray_job(hosts: Hosts, verb: str, *words: str) -> Ended:
-    """Ray's own command line, to its end."""
-    process = hosts.start(sys.executable, "-m", "ray.scripts.scripts", "job", verb, "--address", ADDRESS, *words)
-    out, err = process.communicate(timeout=TIMEOUT_S)
-    return Ended(process.returncode, out, err)
 
 
 def failures(hosts: Hosts, name: str) -> list[dict[str, Any]]:
