@@ -6,6 +6,7 @@ host a driver would attach to the head's own node and die with it, whatever node
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -100,8 +101,12 @@ class Hosts:
     def workers_on(self, host: str) -> list[int]:
         """The processes that train on ``host``, by the names that Ray gives them."""
         listed = subprocess.run(["ip", "netns", "pids", f"rh{host}"], capture_output=True, text=True, check=True)
-        found = [Path(f"/proc/{pid}/cmdline") for pid in listed.stdout.split()]
-        return [int(path.parts[2]) for path in found if path.exists() and b"RayTrainWorker" in path.read_bytes()]
+        found = []
+        for pid in listed.stdout.split():
+            with contextlib.suppress(OSError):  # it has ended
+                if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return found
 
     def run(self, name: str) -> Path:
         return self.folder / "orchestrator" / "runs" / name
