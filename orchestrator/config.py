@@ -47,6 +47,7 @@ __all__ = [
     "Fixed",
     "Goodput",
     "HealthConfig",
+    "HealthConfig",
     "LayoutConfig",
     "Linear",
     "Penalties",
@@ -633,10 +634,10 @@ class RunConfig(Part):
     """Where and how often state is saved."""
     storage: StorageConfig = StorageConfig()
     """How S3 is reached."""
-    failures: FailureConfig = FailureConfig()
-    """What is done about trouble."""
     health: HealthConfig = HealthConfig()
     """What is checked before the first step."""
+    failures: FailureConfig = FailureConfig()
+    """What is done about trouble."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """What the run says of itself."""
 

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, ScaleConfig
 from orchestrator.errors import StorageError
 from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
 from orchestrator.launching.recovery import Cause, Trouble, answer
@@ -147,7 +147,7 @@ class Recovery(UserCallback):
             [*earlier, trouble],
             self._config.failures,
             micro_batch=self._micro_batch(),
-            avoidable=spare_nodes(self._plan, self._config.scale.cpus_per_worker, self._order.avoid),
+            avoidable=spare_nodes(self._plan, self._config.scale, self._order.avoid),
         )
         record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
         with JsonLines(self._folder.failure_log) as log:
@@ -219,14 +219,15 @@ class Recovery(UserCallback):
                 run.publish(self._folder.root, [self._folder.failure_log.name])
 
 
-def spare_nodes(plan: Plan, cpus_per_worker: float, avoided: Sequence[str] = ()) -> frozenset[str]:
-    """The nodes without any one of which the others still have room for all workers."""
+def spare_nodes(plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = ()) -> frozenset[str]:
+    """The nodes without any one of which the others still have room for all workers, or the least of a range."""
+    needed = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
     room = {
-        node["NodeID"]: _room(node["Resources"], cpus_per_worker, on_gpu=plan.device == "cuda")
+        node["NodeID"]: _room(node["Resources"], scale.cpus_per_worker, on_gpu=plan.device == "cuda")
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in avoided
     }
-    return frozenset(node for node, own in room.items() if sum(room.values()) - own >= plan.layout.workers)
+    return frozenset(node for node, own in room.items() if sum(room.values()) - own >= needed)
 
 
 def _room(resources: Mapping[str, float], cpus_per_worker: float, *, on_gpu: bool) -> int:

@@ -228,7 +228,7 @@ class _Worker:
     def _spare(self, plan: Plan) -> frozenset[str]:
         from orchestrator.launching.trainer import spare_nodes  # which imports this module
 
-        return spare_nodes(plan, self._order.job.config.scale.cpus_per_worker, self._order.avoid)
+        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.
