@@ -47,7 +47,6 @@ __all__ = [
     "Fixed",
     "Goodput",
     "HealthConfig",
-    "HealthConfig",
     "LayoutConfig",
     "Linear",
     "Penalties",
