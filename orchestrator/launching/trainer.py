@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, ScaleConfig
 from orchestrator.errors import StorageError
 from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
 from orchestrator.launching.recovery import Cause, Trouble, answer
@@ -149,7 +149,7 @@ class Recovery(UserCallback):
             [*earlier, trouble],
             self._config.failures,
             micro_batch=self._micro_batch(),
-            avoidable=spare_nodes(self._plan.layout.workers, self._config.scale.cpus_per_worker, self._order.avoid),
+            avoidable=spare_nodes(self._plan, self._config.scale, self._order.avoid),
         )
         record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
         with JsonLines(self._folder.failure_log) as log:
@@ -183,6 +183,8 @@ class Recovery(UserCallback):
         ranks = [causes[0].rank] if causes else list(lost)
         nodes = self._nodes()
         places = {nodes[rank] for rank in ranks if rank < len(nodes)}
+        if causes and causes[0].node:
+            places = {causes[0].node}
         return Trouble(cause, self._newest_step(), places.pop() if len(places) == 1 else None)
 
     def _newest_step(self) -> int:
@@ -219,15 +221,21 @@ class Recovery(UserCallback):
                 run.publish(self._folder.root, [self._folder.failure_log.name])
 
 
-def spare_nodes(workers: int, cpus_per_worker: float, avoided: Sequence[str] = ()) -> frozenset[str]:
-    """The nodes without any one of which the others still have the CPUs for all workers."""
-    cpus = {
-        node["NodeID"]: node["Resources"].get("CPU", 0.0)
+def spare_nodes(plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = ()) -> frozenset[str]:
+    """The nodes without any one of which the others still have room for all workers, or the least of a range."""
+    needed = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
+    room = {
+        node["NodeID"]: _room(node["Resources"], scale.cpus_per_worker, on_gpu=plan.device == "cuda")
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in avoided
     }
-    needed = workers * cpus_per_worker
-    return frozenset(node for node, own in cpus.items() if sum(cpus.values()) - own >= needed)
+    return frozenset(node for node, own in room.items() if sum(room.values()) - own >= needed)
+
+
+def _room(resources: Mapping[str, float], cpus_per_worker: float, *, on_gpu: bool) -> int:
+    """For how many workers a node was built."""
+    by_cpu = int(resources.get("CPU", 0.0) / cpus_per_worker + 1e-9)
+    return min(by_cpu, int(resources.get("GPU", 0.0))) if on_gpu else by_cpu
 
 
 def _death(error: Exception) -> RayActorError | None:

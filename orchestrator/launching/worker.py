@@ -137,7 +137,6 @@ class _Worker:
 
     def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
-        from orchestrator.training.engine import Engine
         from orchestrator.training.loop import NoNotice, Training
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
@@ -190,7 +189,7 @@ class _Worker:
             config=config,
             plan=plan,
             task=task,
-            engine=Engine(task, config, plan, device=device),
+            engine=self._engine(config, plan, device, nodes),
             train_set=train_set,
             evaluation_set=evaluation_set,
             checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
@@ -210,6 +209,26 @@ class _Worker:
             notice=DrainNotice() if self._order.lasting else NoNotice(),
             **_past(self._folder),
         )
+
+    def _engine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> Any:
+        """Find out how well all ranks are, before the engine takes the device; leave a slow node where asked to.
+
+        Raises:
+            UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
+        """
+        from orchestrator.training.engine import Engine
+        from orchestrator.training.health import examine, leave_slow_node
+
+        found = examine(device, self._place.disk, config.health, nodes=nodes)
+        self._recorder.health(self._rank, found)
+        if config.health.exclude:
+            leave_slow_node(found, functools.partial(self._spare, plan), self._recorder.event)
+        return Engine(self._order.job.task, config, plan, device=device)
+
+    def _spare(self, plan: Plan) -> frozenset[str]:
+        from orchestrator.launching.trainer import spare_nodes  # which imports this module
+
+        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.
