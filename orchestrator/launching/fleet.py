@@ -6,24 +6,28 @@ drivers ask it every second, and act. While it does not answer, runs keep what t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig, StorageConfig
-from orchestrator.errors import NotFoundError, OrchestratorError, RequestError, StorageError
+from orchestrator.errors import ClusterError, NotFoundError, OrchestratorError, RequestError, StorageError
 from orchestrator.fleet.book import Book, Registration, Report, Row
 from orchestrator.fleet.policy import make_policy
 from orchestrator.fleet.room import Host, Room
-from orchestrator.fleet.view import Allocation
+from orchestrator.fleet.view import Allocation, Allocations, JobView, Policy
+from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.homes import stored_uri
 from orchestrator.launching.preflight import run_root
 from orchestrator.storage.store import Store, open_store
 
-__all__ = ["FleetActor", "FleetClient", "FleetSettings", "Queue", "Seat"]
+__all__ = ["FleetActor", "FleetClient", "FleetSettings", "Patient", "Queue", "Seat", "fleet_at"]
 
 NAME, NAMESPACE = "fleet-1", "orchestrator"  # the number changes with what is exchanged, so that versions do not meet
 HEAD = "node:__internal_head__"
@@ -100,6 +104,24 @@ class _State:
     book: Book
     drivers: dict[str, str] = field(default_factory=dict)
     """Ray's id of each run's driver: by it a run's workers are told from everything else."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A policy that asks no run to grow before its first steps have been timed: it would start twice to begin once."""
+
+    policy: Policy
+
+    def allocate(self, jobs: Sequence[JobView], nodes: Mapping[str, tuple[str, int]], now_s: float) -> Allocations:
+        """See ``Policy``."""
+        return self.policy.allocate([_settled(job) for job in jobs], nodes, now_s)
+
+
+def _settled(job: JobView) -> JobView:
+    if job.current is None or job.step_time:
+        return job
+    low, high = job.workers_range
+    return replace(job, workers_range=(low, max(low, min(high, job.current.devices))))
 
 
 class FleetActor:
@@ -221,7 +243,7 @@ class FleetActor:
         if book.due(nodes, now):
             try:
                 policy = make_policy(self._settings.policy, quotas=book.quotas)
-                book = book.decide(policy, nodes, now)
+                book = book.decide(Patient(policy), nodes, now)
             except OrchestratorError as error:
                 self._trouble = f"no decision: {error}"
             else:
@@ -312,6 +334,24 @@ class FleetClient:
             "max_restarts": -1,
         }
         return ray.remote(FleetActor).options(**options).remote(self._settings)
+
+
+@contextlib.contextmanager
+def fleet_at(address: str | None) -> Iterator[FleetClient]:
+    """The fleet of the cluster at ``address``, or of that which ``RAY_ADDRESS`` names, for a person who asks.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or its fleet does not answer.
+        RequestError: no cluster is named, or it has no fleet.
+    """
+    found = address_of(address)
+    if found is None:
+        raise RequestError("which cluster? Give --address HOST:PORT, as in 10.0.0.1:6379, or set RAY_ADDRESS")
+    with tempfile.TemporaryDirectory() as logs, RayCluster.connect(found, log=Path(logs) / "ray.log"):
+        try:
+            yield FleetClient()
+        except OSError as error:
+            raise ClusterError(f"{error}; is the head up? `orchestrator doctor` looks closer") from None
 
 
 def _hosts(drivers: Mapping[str, str]) -> dict[str, Host]:
