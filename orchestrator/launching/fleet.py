@@ -342,12 +342,10 @@ def fleet_at(address: str | None) -> Iterator[FleetClient]:
 
     Raises:
         ClusterError: the cluster cannot be reached, or its fleet does not answer.
-        RequestError: no cluster is named, or it has no fleet.
+        RequestError: it has no fleet.
     """
-    found = address_of(address)
-    if found is None:
-        raise RequestError("which cluster? Give --address HOST:PORT, as in 10.0.0.1:6379, or set RAY_ADDRESS")
-    with tempfile.TemporaryDirectory() as logs, RayCluster.connect(found, log=Path(logs) / "ray.log"):
+    where = address_of(address)
+    with tempfile.TemporaryDirectory() as logs, RayCluster.connect(where, log=Path(logs) / "ray.log"):
         try:
             yield FleetClient()
         except OSError as error:

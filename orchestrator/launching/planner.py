@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.config import RunConfig
 from orchestrator.job import Job, arguments, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.homes import stored_uri
@@ -129,7 +128,7 @@ def make_job_plan(
     """
     profile, untraced = profiled
     plan = make_plan(
-        _at_its_smallest(job.config),
+        job.config,
         shape,
         train_samples=sizes[0],
         evaluation_samples=sizes[1],
@@ -143,14 +142,6 @@ def make_job_plan(
         require_precision(plan)  # this machine speaks for the others; each worker asks again
         require_compiler(plan)
     return plan
-
-
-def _at_its_smallest(config: RunConfig) -> RunConfig:
-    """A run in a queue is planned for the fewest workers it takes, until the fleet says how many it gets."""
-    workers = config.scale.workers
-    if config.fleet.queue is None or not isinstance(workers, tuple):
-        return config
-    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers[0]})})
 
 
 def probed(

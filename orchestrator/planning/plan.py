@@ -118,6 +118,7 @@ def make_plan(
         ClusterError: the cluster is too small.
         DataError: there is nothing to train on.
     """
+    config = _at_its_smallest(config)
     workers = shape.workers(config.scale)
     on_gpu = shape.accelerators_per_worker(config.scale) > 0
     reasons: list[str] = []
@@ -218,6 +219,14 @@ def _costed(plan: Plan, setting: Setting, stage_at: int, *, refuse: bool) -> Pla
         reasons=(*reasons, *why),
         costing=costing,
     )
+
+
+def _at_its_smallest(config: RunConfig) -> RunConfig:
+    """A run in a queue is planned for the fewest workers it takes, until the fleet says how many it gets."""
+    workers = config.scale.workers
+    if config.fleet.queue is None or not isinstance(workers, tuple):
+        return config
+    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers[0]})})
 
 
 def _layout(

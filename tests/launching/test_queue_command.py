@@ -12,7 +12,7 @@ Refuse = Callable[..., str]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("queue",), "which cluster? Give --address HOST:PORT"),
+        (("queue", "--address", "http://127.0.0.1:1"), "no Ray job server answers at http://127.0.0.1:1"),
         (("queue", "move", "a"), "say where to, with --queue QUEUE or --priority N"),
         (("queue", "move", "a", "--queue", "Team A"), "queue='Team A': use 1 to 47 lower-case letters"),
         (("queue", "quota", "team-a", "many"), "give a whole number of devices, or none"),
