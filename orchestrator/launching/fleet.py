@@ -18,14 +18,19 @@ from typing import Any
 
 from orchestrator.config import RunConfig, StorageConfig
 from orchestrator.errors import ClusterError, NotFoundError, OrchestratorError, RequestError, StorageError
-from orchestrator.fleet.book import Book, Registration, Report, Row
+from orchestrator.fleet.book import FIRST_RESTART_COST_S, Book, Registration, Report, Row
+from orchestrator.fleet.earned import earned_devices
 from orchestrator.fleet.policy import make_policy
 from orchestrator.fleet.room import Host, Room
 from orchestrator.fleet.view import Allocation, Allocations, JobView, Policy
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.homes import stored_uri
+from orchestrator.launching.hub import HubClient, HubSettings
 from orchestrator.launching.preflight import run_root
 from orchestrator.storage.store import Store, open_store
+from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.observing import FleetFacts, observe_fleet
+from orchestrator.telemetry.publisher import Publisher
 
 __all__ = ["FleetActor", "FleetClient", "FleetSettings", "Patient", "Queue", "Seat", "fleet_at"]
 
@@ -49,6 +54,8 @@ class FleetSettings:
     policy: str
     uri: str
     storage: StorageConfig
+    hub: HubSettings | None = None
+    """Where its metrics go; None: it tells none."""
 
     @classmethod
     def of(cls, config: RunConfig) -> FleetSettings:
@@ -62,7 +69,8 @@ class FleetSettings:
             from orchestrator.storage.s3 import endpoint_of  # boto3 only where S3 is used
 
             storage = storage.model_copy(update={"endpoint_url": endpoint_of(storage)})
-        return cls(config.fleet.policy, uri, storage)
+        hub = HubSettings.of(config.telemetry) if config.telemetry.enabled else None
+        return cls(config.fleet.policy, uri, storage, hub)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ class _State:
     book: Book
     drivers: dict[str, str] = field(default_factory=dict)
     """Ray's id of each run's driver: by it a run's workers are told from everything else."""
+    starts: int = 1
+    """Of the service."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,8 @@ class FleetActor:
         self._read_at = self._written_at = -SILENT_S
         self._unwritten = False
         self._trouble = ""
+        self._facts = FleetFacts()
+        self._publisher: Publisher | None = None
 
     def poll(self, facts: Registration, driver: str, report: Report | None) -> Seat:
         """A run says what it is, how far it is, and asks what it is to have. Decides where that is due."""
@@ -215,9 +227,22 @@ class FleetActor:
                 saved = json.loads(self._store.read(self._key))
             except NotFoundError:
                 saved = None
-            book = Book() if saved is None else Book.from_dict(saved["book"], time.time())
-            self._state = _State(book, {} if saved is None else dict(saved["drivers"]))
+            if saved is None:
+                self._state = _State(Book())
+            else:
+                book = Book.from_dict(saved["book"], time.time())
+                self._state = _State(book, dict(saved["drivers"]), saved["starts"] + 1)
+            self._publish(self._state.starts)
         return self._state
+
+    def _publish(self, starts: int) -> None:
+        if self._settings.hub is not None:
+            client = HubClient(self._settings.hub)
+            self._publisher = Publisher(client, run="fleet", source="fleet", attempt=starts, sample=self._sample)
+
+    def _sample(self, meter: Meter) -> None:
+        """In the publisher's thread."""
+        observe_fleet(meter, self._facts)
 
     def _rival(self, name: str, driver: str, now: float) -> Seat | None:
         """The answer to a second run of a name that is taken."""
@@ -238,26 +263,54 @@ class FleetActor:
         state = self._known()
         if now - self._read_at >= READ_S or now < self._read_at:
             self._room, self._read_at = self._room.read(_hosts(state.drivers)), now
+            self._take_stock(state.book, now)
         book = state.book.forget_silent(now, SILENT_S)
         nodes = self._room.nodes()
         if book.due(nodes, now):
             try:
                 policy = make_policy(self._settings.policy, quotas=book.quotas)
-                book = book.decide(Patient(policy), nodes, now)
+                decided = book.decide(Patient(policy), nodes, now)
             except OrchestratorError as error:
                 self._trouble = f"no decision: {error}"
             else:
                 self._trouble = ""
+                self._count(book, decided)
+                book = decided
             self._unwritten = True
         state.book = book
         state.drivers = {name: driver for name, driver in state.drivers.items() if name in book.entries}
+
+    def _take_stock(self, book: Book, now: float) -> None:
+        """What the metrics show until the next look."""
+        self._facts = replace(
+            self._facts,
+            runs=tuple(_waiting(row, now) for row in book.rows(now)),
+            capacity=sum(node.devices for node in self._room.nodes().values()),
+            earned=sum(map(earned_devices, book.entries.values())),
+        )
+
+    def _count(self, before: Book, after: Book) -> None:
+        """Take down what a decision changes for runs that run."""
+        moved = [
+            entry
+            for name, entry in after.entries.items()
+            if before.entries[name].current is not None and entry.since_s != before.entries[name].since_s
+        ]
+        costs = (entry.report.restart_cost_s for entry in moved)
+        facts = self._facts
+        self._facts = replace(
+            facts,
+            decisions=facts.decisions + 1,
+            moves=facts.moves + len(moved),
+            move_s=facts.move_s + sum(FIRST_RESTART_COST_S if cost is None else cost for cost in costs),
+        )
 
     def _write(self, now: float, *, at_once: bool = False) -> None:
         """Write the book down: what happened at once, mere reports now and then. Its loss is told of, and no more."""
         state = self._known()
         if not (at_once or self._unwritten or now - self._written_at >= WRITE_S):
             return
-        saved = {"book": state.book.to_dict(), "drivers": state.drivers}
+        saved = {"book": state.book.to_dict(), "drivers": state.drivers, "starts": state.starts}
         try:
             self._store.write(self._key, json.dumps(saved, indent=1).encode())
         except StorageError as error:
@@ -350,6 +403,10 @@ def fleet_at(address: str | None) -> Iterator[FleetClient]:
             yield FleetClient()
         except OSError as error:
             raise ClusterError(f"{error}; is the head up? `orchestrator doctor` looks closer") from None
+
+
+def _waiting(row: Row, now: float) -> tuple[str, str, int, float]:
+    return row.name, row.queue, row.devices, now - row.since_s if row.state == "waiting" else 0.0
 
 
 def _hosts(drivers: Mapping[str, str]) -> dict[str, Host]:
