@@ -11,11 +11,13 @@ from orchestrator.telemetry.accounting import Account
 from orchestrator.telemetry.meter import Meter
 from orchestrator.telemetry.metrics import STATES
 from orchestrator.telemetry.observing import (
+    FleetFacts,
     RunFacts,
     RunObserver,
     observe_account,
     observe_blocked,
     observe_checkpoint_failure,
+    observe_fleet,
     observe_memory,
     observe_parts,
     observe_requests,
