@@ -82,7 +82,11 @@ def _measured(side: str, folder: Path, options: argparse.Namespace) -> dict[str,
             [step["loss"] for step in _records(folder / "runs" / f"run-{n}", "metrics")] for n in range(options.runs)
         ],
         "workers": [
-            [one["workers"] for one in _records(folder / "runs" / f"run-{n}", "attempts") if one["event"] == "started"]
+            [
+                len(one["nodes"])
+                for one in _records(folder / "runs" / f"run-{n}", "attempts")
+                if one["event"] == "started"
+            ]
             for n in range(options.runs)
         ],
         "accuracy": [summary["metrics"]["accuracy"] for summary in summaries],
