@@ -200,7 +200,15 @@ def test_wrong_token_and_wrong_address(hosts: Hosts, token: str, address: str, s
 
 
 LONG, SHORT = 100, 40
-SHARING = ("benchmarks.fleet_jobs:waiting", "--set", "policy.name=fixed", "--set", "recipe.schedule.name=constant")
+SHARING = (
+    "benchmarks.fleet_jobs:waiting",
+    "--set",
+    "policy.name=fixed",
+    "--set",
+    "recipe.schedule.name=constant",
+    "--set",
+    "recipe.schedule.warmup=0",
+)
 QUEUED = ("--queue", "team-a", "--set", "fleet.policy=fair", "--set", "scale.workers=1,4")
 
 
