@@ -190,6 +190,8 @@ def _launch(
         )
         with _membership(job, plan, home) as member:
             if member is not None:
+                write_json(folder.plan, plan.to_dict())  # whoever looks while it waits finds what it is
+                home.identify()
                 seat = _seat(order, cluster.shape, member, home, listener)
                 if seat is None:
                     return _write_end(home, job.config, WAITED, started)
