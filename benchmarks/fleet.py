@@ -57,9 +57,9 @@ def main() -> int:
 
 def _measured(side: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All runs of one side on a cluster of their own; their records, and when each began and ended."""
-    from ray.cluster_utils import Cluster
-
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+    from ray.cluster_utils import Cluster  # which reads them when it is imported
+
     folder.mkdir(parents=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:

@@ -118,11 +118,13 @@ def make_plan(
         ClusterError: the cluster is too small.
         DataError: there is nothing to train on.
     """
-    config = _at_its_smallest(config)
+    asked, config = config.scale.workers, _at_its_smallest(config)
     workers = shape.workers(config.scale)
     on_gpu = shape.accelerators_per_worker(config.scale) > 0
     reasons: list[str] = []
     layout = _layout(config, workers, train_samples, reasons, imagined=shape.imagined)
+    if asked != config.scale.workers:
+        reasons.append(f"planned for the fewest workers of scale.workers={asked}: the fleet says how many it gets")
     stage = len(reasons)
     zero_stage = _zero_stage(config, workers, reasons)
     offload = _offload(config, on_gpu, zero_stage)

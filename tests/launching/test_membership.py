@@ -41,7 +41,10 @@ def test_a_range_of_workers_need_not_divide_the_batch_in_a_queue() -> None:
     with pytest.raises(ConfigError, match="does not divide over every number"):
         planned(job("fleet.queue=none"))
     given = job("fleet.priority=3", "fleet.deadline_s=100")
-    facts = registration(given.config, planned(given), 1000.0)
+    plan = planned(given)
+    assert plan.layout == Layout(1, 64, 1)
+    assert any("the fleet says how many it gets" in reason for reason in plan.reasons)
+    facts = registration(given.config, plan, 1000.0)
     assert (facts.workers_range, facts.batch_range, facts.micro_batch_range) == ((1, 8), (64, 64), (1, 64))
     assert (facts.queue, facts.priority, facts.deadline_s) == ("team-a", 3, 1100.0)
 
