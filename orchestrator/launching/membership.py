@@ -108,6 +108,11 @@ class Learned:
         self._starting_s: float | None = None
         self._stopping_s = 0.0
 
+    def close(self) -> None:
+        """Look no more."""
+        self._metrics.close()
+        self._attempts.close()
+
     def begins(self, now_s: float) -> None:
         """Workers are being started."""
         self._began_at = now_s
@@ -225,6 +230,7 @@ class Member:
         """The run has ended, however it did."""
         self._end.set()
         self._thread.join()
+        self.learned.close()
         try:
             self._client.ask("end", self._facts.name, self._driver)
         except (OSError, RequestError):

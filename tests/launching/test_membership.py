@@ -90,9 +90,17 @@ def records(tmp_path: Path) -> tuple[RunFolder, Callable[..., None]]:
     return folder, step
 
 
-def test_what_a_run_has_learned_is_in_its_records(records: tuple[RunFolder, Callable[..., None]]) -> None:
-    folder, step = records
+def learned_of(request: pytest.FixtureRequest, folder: RunFolder) -> Learned:
     learned = Learned(folder)
+    request.addfinalizer(learned.close)
+    return learned
+
+
+def test_what_a_run_has_learned_is_in_its_records(
+    records: tuple[RunFolder, Callable[..., None]], request: pytest.FixtureRequest
+) -> None:
+    folder, step = records
+    learned = learned_of(request, folder)
     assert learned.report() == Report(0.0)
     learned.begins(100.0)
     for number in range(1, 21):
@@ -107,9 +115,11 @@ def test_what_a_run_has_learned_is_in_its_records(records: tuple[RunFolder, Call
     assert model.step_time_s(nodes=2, workers=2, micro_batch=32, accumulation=1) == pytest.approx(0.1)
 
 
-def test_noise_and_types_are_told_apart(records: tuple[RunFolder, Callable[..., None]]) -> None:
+def test_noise_and_types_are_told_apart(
+    records: tuple[RunFolder, Callable[..., None]], request: pytest.FixtureRequest
+) -> None:
     folder, step = records
-    learned = Learned(folder)
+    learned = learned_of(request, folder)
     for number in range(1, 12):
         step(number, float(number), noise_scale=300.0)
     learned.look("cpu")

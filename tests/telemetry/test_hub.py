@@ -192,6 +192,6 @@ def test_a_fleet_names_the_runs_itself() -> None:
     counted = Counted({("orchestrator_fleet_moves_total", ()): 3.0})
     board.take(said(run="fleet", source="fleet", own=counted, gauges=gauges))
     page = shown(board)
-    assert page["orchestrator_fleet_devices", ("b", "team-a")] == 2.0
+    assert page["orchestrator_fleet_devices", ("team-a", "b")] == 2.0
     assert page["orchestrator_fleet_used_devices", ()] == 2.0
     assert page["orchestrator_fleet_moves_total", ()] == 3.0
