@@ -45,6 +45,7 @@ __all__ = [
     "Exponential",
     "FailureConfig",
     "Fixed",
+    "FleetConfig",
     "Goodput",
     "HealthConfig",
     "LayoutConfig",
@@ -76,6 +77,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,45}[a-z0-9])?")
+QUEUE_NAME = "use 1 to 47 lower-case letters, digits, '.', '_' or '-', starting and ending with a letter or digit"
 
 
 class Part(BaseModel):
@@ -608,6 +610,28 @@ class TelemetryConfig(Part):
         return profile
 
 
+class FleetConfig(Part):
+    """How the run shares a cluster with others: with a queue it is given devices, and waits where it gets none."""
+
+    queue: str | None = None
+    """Queue in which it takes part; none: it takes what it needs at once, as if it were alone."""
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Each point doubles its weight against others."""
+    deadline_s: PositiveFloat | None = None
+    """Seconds from its submission by which it should have ended; none: it is in no hurry."""
+    policy: Literal["goodput", "fair", "fifo"] = "goodput"
+    """Who gets how many devices; the first run on a cluster decides it for all."""
+    uri: str | None = None
+    """Folder or s3://BUCKET/PREFIX of the fleet's book, seen by the head; none: .fleet beside the runs."""
+
+    @field_validator("queue")
+    @classmethod
+    def _is_a_safe_queue(cls, queue: str | None) -> str | None:
+        if queue is not None and (not NAME.fullmatch(queue) or ".." in queue):
+            raise ValueError(QUEUE_NAME)
+        return queue
+
+
 class RunConfig(Part):
     """Everything that determines a run, but the task itself."""
 
@@ -637,6 +661,8 @@ class RunConfig(Part):
     """What is checked before the first step."""
     failures: FailureConfig = FailureConfig()
     """What is done about trouble."""
+    fleet: FleetConfig = FleetConfig()
+    """How it shares a cluster with other runs."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """What the run says of itself."""
 

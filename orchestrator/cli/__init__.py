@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import compression, data, monitoring, submission, training
+from orchestrator.cli import compression, data, fleet, monitoring, submission, training
 from orchestrator.errors import OrchestratorError
 
 __all__ = ["app", "main"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 for _verbs in (training, compression, submission, monitoring):
     app.add_typer(_verbs.app)
 app.add_typer(data.app, name="data")
+app.add_typer(fleet.app, name="queue")
 app.add_typer(monitoring.monitor_verbs, name="monitor")
 
 

@@ -34,4 +34,11 @@ Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL", help="A store compatible with S3; otherwise AWS_ENDPOINT_URL, or AWS."),
 ]
+InQueue = Annotated[
+    str | None, typer.Option("--queue", metavar="NAME", help="Share the cluster's devices, in this queue; fleet.queue.")
+]
+Priority = Annotated[
+    int | None,
+    typer.Option("--priority", min=-10, max=10, metavar="N", help="In a queue: each point doubles its weight."),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout; all else goes to stderr.")]

@@ -49,13 +49,17 @@ def run_request(
     force: bool = False,
     checkpoint: str | None = None,
     probe: bool | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
 ) -> RunRequest:
     from orchestrator.launching.preflight import RunRequest
 
+    sharing = {"fleet.queue": queue, "fleet.priority": priority}
+    shared = [f"{field}={value}" for field, value in sharing.items() if value is not None]
     return RunRequest(
         job=job,
         args=tuple(args or ()),
-        overrides=tuple(overrides or ()),
+        overrides=(*(overrides or ()), *shared),
         address=address,
         fresh=fresh,
         force_config=force,

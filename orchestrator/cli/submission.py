@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import Args, JobArgument, JobServerAddress, Json, Overrides, SubmittedArgument
+from orchestrator.cli.options import (
+    Args,
+    InQueue,
+    JobArgument,
+    JobServerAddress,
+    Json,
+    Overrides,
+    Priority,
+    SubmittedArgument,
+)
 from orchestrator.cli.requests import run_request, to_stderr
 
 if TYPE_CHECKING:
@@ -46,13 +55,15 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --kubernetes: let the server check, no more.")
     ] = False,
+    queue: InQueue = None,
+    priority: Priority = None,
     as_json: Json = False,
 ) -> None:
     """Send JOB to a cluster; giving the command twice is harmless, and goes on with a stopped or killed run."""
     from orchestrator.launching.jobs import Extras
 
     extras = Extras(env=tuple(env or ()), pip=tuple(pip or ()), working_dir=working_dir, cpus=driver_cpus)
-    request = run_request(job, arg, override, None, fresh=fresh, force=force_config)
+    request = run_request(job, arg, override, None, fresh=fresh, force=force_config, queue=queue, priority=priority)
     if kubernetes:
         _submit_rayjob(request, extras, release, namespace, context, dry_run=dry_run, as_json=as_json)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, Args, JobArgument, Json, Overrides, RunArgument
+from orchestrator.cli.options import Address, Args, InQueue, JobArgument, Json, Overrides, Priority, RunArgument
 from orchestrator.cli.requests import Watcher, finish, open_display, run_request
 from orchestrator.errors import RequestError
 
@@ -42,6 +42,8 @@ def run(
     profile: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="Leave a torch profiler trace of these steps.")
     ] = None,
+    queue: InQueue = None,
+    priority: Priority = None,
     as_json: Json = False,
 ) -> None:
     """Train JOB to its end; the same command again continues a run that was stopped or killed."""
@@ -50,7 +52,16 @@ def run(
     if profile is not None:
         override = [*(override or []), _profiled(profile)]
     request = run_request(
-        job, arg, override, address, fresh=fresh, force=force_config, checkpoint=from_checkpoint, probe=probe
+        job,
+        arg,
+        override,
+        address,
+        fresh=fresh,
+        force=force_config,
+        checkpoint=from_checkpoint,
+        probe=probe,
+        queue=queue,
+        priority=priority,
     )
     with open_display(as_json) as display:
         summary = driver.run(request, Watcher(display))

@@ -18,7 +18,16 @@ from orchestrator.errors import FencedError, OrchestratorError, StorageError, St
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
 from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.fleet import FleetSettings
 from orchestrator.launching.homes import Home, owned, stored_uri
+from orchestrator.launching.membership import (
+    Member,
+    check_devices,
+    registration,
+    require_shared,
+    seated,
+    wait_for_devices,
+)
 from orchestrator.launching.planner import make_job_plan, probed
 from orchestrator.launching.preflight import (
     RunRequest,
@@ -30,6 +39,7 @@ from orchestrator.launching.preflight import (
 from orchestrator.launching.profiling import profile_job
 from orchestrator.launching.telling import Teller
 from orchestrator.launching.worker import Order
+from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
@@ -46,6 +56,7 @@ __all__ = ["Listener", "run"]
 
 POLL_S = 0.25
 SAME_SIGNAL_S = 0.5
+WAITED: Mapping[str, Any] = {"state": "stopped", "reason": "stop requested while it waited in its queue", "last": None}
 
 
 class Listener(Protocol):
@@ -93,6 +104,15 @@ class _Tracked:
             self.listener.note(line)
 
 
+class _Again(NamedTuple):
+    """The workers are to be started in another way."""
+
+    last: Mapping[str, Any] | None
+    """The state that they saved, where the fleet asked them to stop."""
+    cause: str = ""
+    """What the next attempt is to say of the end of this one; empty: what the records say."""
+
+
 class _Followers(NamedTuple):
     """The run's growing tables."""
 
@@ -125,6 +145,7 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         StoredRun.reached(uri, job.config.storage)  # before data are prepared, which may take long
     sizes = prepare(job)
     address = address_of(request.address)
+    require_shared(job.config, address)
     profiled = None
     if address is None:
         shape = embedded_shape()
@@ -167,38 +188,98 @@ def _launch(
             stored=home.stored,
             lasting=cluster.lasting,
         )
-        resumes = home.newest() is not None
-        order, plan = probed(request, order, plan, sizes, profiled, listener.note, resumes=resumes)
-        write_json(folder.plan, plan.to_dict())
-        home.identify()
-        listener.planned(plan, home.address)
-        _note_resume(home, listener)
-        listener.note(f"starting {plan.layout.workers} worker{'s' if plan.layout.workers > 1 else ''} ...")
-        tracking = Tracking(
-            functools.partial(
-                make_trackers,
-                job.config.telemetry.trackers,
-                run=job.config.name,
-                folder=folder.root,
-                config=job.config.model_dump(mode="json"),
-            )
-        )
-        listener = tracked = _Tracked(listener, tracking)
-        teller = Teller(folder, job.config, plan, embedded=cluster.embedded)
-        state = "failed"
-        try:
-            outcome = _train(order, plan, home, followers, listener, teller)
-            state = outcome["state"]
-        except OrchestratorError as error:
-            with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
-                if not isinstance(error, FencedError):
-                    _write_end(home, job.config, {"state": "failed"}, started)
-            raise
-        finally:
-            teller.end(state)
-            tracking.close(state)
-            tracked.tell()
+        with _membership(job, plan, home) as member:
+            if member is not None:
+                write_json(folder.plan, plan.to_dict())  # whoever looks while it waits finds what it is
+                home.identify()
+                seat = _seat(order, cluster.shape, member, home, listener)
+                if seat is None:
+                    return _write_end(home, job.config, WAITED, started)
+                order = seat
+                check_devices(plan, member.here)
+                plan = make_job_plan(order.job, order.shape, sizes, profiled)
+            resumes = home.newest() is not None
+            order, plan = probed(request, order, plan, sizes, profiled, listener.note, resumes=resumes)
+            write_json(folder.plan, plan.to_dict())
+            home.identify()
+            listener.planned(plan, home.address)
+            _note_resume(home, listener)
+            outcome = _tracked(order, plan, home, followers, listener, member, started, embedded=cluster.embedded)
     return _write_end(home, job.config, outcome, started)
+
+
+def _tracked(
+    order: Order,
+    plan: Plan,
+    home: Home,
+    followers: _Followers,
+    listener: Listener,
+    member: Member | None,
+    started: float,
+    *,
+    embedded: bool,
+) -> dict[str, Any]:
+    """Train, with everything told to the trackers and to the hub."""
+    folder, config = home.folder, order.job.config
+    tracking = Tracking(
+        functools.partial(
+            make_trackers,
+            config.telemetry.trackers,
+            run=config.name,
+            folder=folder.root,
+            config=config.model_dump(mode="json"),
+        )
+    )
+    tracked = _Tracked(listener, tracking)
+    teller = Teller(folder, config, plan, embedded=embedded)
+    state = "failed"
+    try:
+        outcome = _train(order, plan, home, followers, tracked, teller, member)
+        state = outcome["state"]
+    except OrchestratorError as error:
+        with contextlib.suppress(StorageLostError):  # whatever ended the run is what its user should read
+            if not isinstance(error, FencedError):
+                _write_end(home, config, {"state": "failed"}, started)
+        raise
+    finally:
+        teller.end(state)
+        tracking.close(state)
+        tracked.tell()
+    return outcome
+
+
+@contextlib.contextmanager
+def _membership(job: Job, plan: Plan, home: Home) -> Iterator[Member | None]:
+    """The run's part in the cluster's fleet, where it has a queue; ``plan`` is that for the whole cluster."""
+    if job.config.fleet.queue is None:
+        yield None
+        return
+    import ray
+
+    driver = ray.get_runtime_context().get_job_id()
+    facts = registration(job.config, plan, time.time())
+    member = Member(facts, FleetSettings.of(job.config), home.folder, driver)
+    try:
+        yield member
+    finally:
+        member.leave()
+
+
+def _seat(order: Order, shape: ClusterShape, member: Member, home: Home, listener: Listener) -> Order | None:
+    """The order for the devices that the fleet gives, waited for; None where a signal came first."""
+    with _signals() as signals:
+
+        def goes_on() -> bool:
+            home.check()
+            return not signals
+
+        told = wait_for_devices(member, listener.note, goes_on)
+    if told is None:
+        return None
+    job, own = seated(order.job, shape, told)
+    nodes = tuple(node for node, count in told.devices_per_node.items() for _ in range(count))
+    listener.note(f"the fleet gives {told.devices} {told.device_type} on {len(set(nodes))} node(s)")
+    return dataclasses.replace(order, job=job, shape=own, nodes=nodes, told="; ".join(told.reasons))
 
 
 def _note_resume(home: Home, listener: Listener) -> None:
@@ -209,22 +290,42 @@ def _note_resume(home: Home, listener: Listener) -> None:
 
 
 def _train(
-    order: Order, plan: Plan, home: Home, followers: _Followers, listener: Listener, teller: Teller
+    order: Order,
+    plan: Plan,
+    home: Home,
+    followers: _Followers,
+    listener: Listener,
+    teller: Teller,
+    member: Member | None,
 ) -> dict[str, Any]:
-    """Have the workers train to the end, started anew in another way as often as a failure asks for that."""
+    """Have the workers train to the end, started anew in another way as often as a failure or the fleet asks for it."""
     from orchestrator.launching.trainer import Fit, make_trainer  # Ray reads its environment when it is imported
 
+    shape = order.shape
     while True:
+        workers = order.job.config.scale.workers if member is not None else plan.layout.workers
+        listener.note(f"starting {workers} worker{'s' if workers != 1 else ''} ...")
+        if member is not None:
+            member.learned.begins(time.time())
         attempt = Fit(make_trainer(order, plan, order.job.config))
-        outcome = _watch(attempt, home, followers, listener, teller, order.job.config.failures.stop_grace_s)
-        if outcome is not None:
-            return outcome
-        order = _changed(order, home.folder, listener)
+        ended = _watch(attempt, home, followers, listener, teller, order.job.config.failures.stop_grace_s, member)
+        if isinstance(ended, dict):
+            return ended
+        order = dataclasses.replace(_changed(order, home.folder, listener), cause=ended.cause)
+        if member is not None:
+            member.here = None
+            home.begin_anew()
+            again = _seat(order, shape, member, home, listener)
+            if again is None:
+                return {**WAITED, "last": ended.last}
+            order = again
 
 
 def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:
     """The order with what is to be different after a failure."""
-    change = read_json(folder.change) or {}
+    change = read_json(folder.change)
+    if change is None:
+        return order
     folder.change.unlink()
     changed = dataclasses.replace(
         order,
@@ -233,30 +334,36 @@ def _changed(order: Order, folder: RunFolder, listener: Listener) -> Order:
     )
     limit = f"at most {changed.micro_batch_limit} samples in a micro batch" if change["micro_batch"] else ""
     nodes = f"without node {', '.join(change['avoid'])}" if change["avoid"] else ""
-    listener.note(f"{change['reason']}: starting the workers anew, {limit or nodes}")
+    how = limit or nodes or "as the fleet says"
+    listener.note(f"{change['reason']}: starting the workers anew, {how}")
     return changed
 
 
 def _watch(
-    attempt: Fit, home: Home, followers: _Followers, listener: Listener, teller: Teller, grace_s: float
-) -> dict[str, Any] | None:
+    attempt: Fit,
+    home: Home,
+    followers: _Followers,
+    listener: Listener,
+    teller: Teller,
+    grace_s: float,
+    member: Member | None,
+) -> dict[str, Any] | _Again:
     """Show the run until it ends; a first signal asks it to save and stop, a second or the grace's end abandons it.
 
-    Returns what rank 0 says of the end, or None where the workers are to be started in another way.
+    Returns what rank 0 says of the end, or that the workers are to be started in another way.
     """
     folder = home.folder
     asked_at: float | None = None
+    moved_at: float | None = None
     known = len(_started(folder)) + 1  # this one's own start is no news
     with _signals() as signals:
         while attempt.running:
             home.check()
             _show(followers, listener)
-            for text in home.news():
-                listener.note(text)
+            _pass_on(home, teller, listener)
             known = _note_restarts(folder, known, listener)
-            teller.look()
-            if (address := teller.address()) is not None:
-                listener.note(f"metrics at http://{address}/metrics")
+            if member is not None and moved_at is None and asked_at is None:
+                moved_at = _moved(member, home, listener)
             if signals and asked_at is None:
                 asked_at = time.monotonic()
                 home.ask_to_stop()
@@ -269,13 +376,42 @@ def _watch(
     _fetch_end(home, failed=attempt.error is not None)
     _show(followers, listener)
     if attempt.error is not None:
-        if folder.change.exists() and asked_at is None:
-            return None
+        if asked_at is None and (
+            folder.change.exists() or (member is not None and _never_started(attempt, known, home))
+        ):
+            return _Again(None)
         raise _explain(attempt.error, home)
     outcome = read_json(folder.outcome)
     if outcome is None:
         raise WorkerLostError(f"the workers ended without an outcome in {home.address}: is that folder shared by all?")
+    if member is not None and moved_at is not None and asked_at is None and outcome["state"] == "stopped":
+        member.learned.stopped(time.monotonic() - moved_at)
+        return _Again(outcome["last"], "resized" if member.has_devices else "preempted_by_the_fleet")
     return outcome
+
+
+def _pass_on(home: Home, teller: Teller, listener: Listener) -> None:
+    """Tell what is new of the run's place and of its metrics."""
+    for text in home.news():
+        listener.note(text)
+    teller.look()
+    if (address := teller.address()) is not None:
+        listener.note(f"metrics at http://{address}/metrics")
+
+
+def _moved(member: Member, home: Home, listener: Listener) -> float | None:
+    """When the workers were asked to save and stop for the fleet's sake; None where they stay."""
+    member.look()
+    if (why := member.move()) is None:
+        return None
+    home.ask_to_stop()
+    listener.note(f"the fleet: {why}; saving, to go on with that")
+    return time.monotonic()
+
+
+def _never_started(attempt: Fit, known: int, home: Home) -> bool:
+    """Whether the workers found no place in time: the fleet is asked again."""
+    return type(attempt.error).__name__ == "ControllerError" and len(_started(home.folder)) < known
 
 
 def _fetch_end(home: Home, *, failed: bool) -> None:

@@ -45,6 +45,7 @@ class Home(Protocol):
     def newest(self) -> str | None: ...
     def identify(self) -> None: ...
     def ask_to_stop(self) -> None: ...
+    def begin_anew(self) -> None: ...
     def news(self) -> list[str]: ...
     def check(self) -> None: ...
     def fetch_end(self) -> None: ...
@@ -92,8 +93,7 @@ class FolderHome:
         self.folder = folder
         self.driver = driver
         self.address = str(folder.root)
-        folder.stop_request.unlink(missing_ok=True)
-        folder.outcome.unlink(missing_ok=True)
+        self.begin_anew()
 
     def choose_checkpoint(self, request: RunRequest) -> list[str]:
         """See ``preflight.choose_checkpoint``."""
@@ -110,6 +110,11 @@ class FolderHome:
     def ask_to_stop(self) -> None:
         """Ask the workers to save and stop."""
         self.folder.stop_request.touch()
+
+    def begin_anew(self) -> None:
+        """Forget that workers were asked to stop, and how the last ones ended."""
+        self.folder.stop_request.unlink(missing_ok=True)
+        self.folder.outcome.unlink(missing_ok=True)
 
     def news(self) -> list[str]:
         """None."""
@@ -200,6 +205,15 @@ class StoredHome:
         """Ask the workers to save and stop; without the store they cannot be asked, nor could they save."""
         with contextlib.suppress(StorageError):
             self._given.run(quick=True).store.write(STOP, b"stop")
+
+    def begin_anew(self) -> None:
+        """Forget that workers were asked to stop, and how the last ones ended.
+
+        Raises:
+            StorageError: see ``Store``.
+        """
+        self._run.store.delete(STOP, OUTCOME)
+        self.folder.outcome.unlink(missing_ok=True)
 
     def news(self) -> list[str]:
         """What a person should hear, once."""

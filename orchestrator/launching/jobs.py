@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import os
+import secrets
 import shlex
 import socket
 import tempfile
@@ -414,6 +415,25 @@ class JobServer:
                 if time.monotonic() > deadline:
                     raise ClusterError(_no_agent_message(self.address)) from None
             time.sleep(POLL_S)
+
+    def ask(self, words: Sequence[str], working_dir: str, note: Callable[[str], None]) -> str:
+        """Run a short command on the cluster, and return what it printed; nothing is left of it.
+
+        Raises:
+            RequestError: the command refused.
+        """
+        number = f"ask-{secrets.token_hex(4)}"
+        submission = Submission(number, shlex.join(["exec", "python", "-m", "orchestrator", *words]), number)
+        with _code(working_dir, note) as code:
+            self.start(submission, Choice(number, 1, None), code)
+        ended = self.wait(self.attempt(number))
+        said = self.logs(ended)
+        with self._explained():
+            self._client.delete_job(number)
+        if ended.status == "SUCCEEDED":
+            return said
+        errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+        raise RequestError(errors[-1] if errors else f"the cluster could not be asked: {ended.message}")
 
     def logs(self, attempt: Attempt) -> str:
         """All that the run has printed so far."""

@@ -43,7 +43,11 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
         workers=config.scale.workers,  # a range is elastic
         name="ray",
         # How often is decided by ``recovery.answer``; Ray only does as it is told.
-        budgets={"max_failures": -1, "max_preemption_failures": config.failures.max_preemptions},
+        budgets={
+            "max_failures": -1,
+            "max_preemption_failures": config.failures.max_preemptions,
+            **({"controller_failure_limit": 0} if order.nodes else {}),  # no place there: the fleet is asked again
+        },
         callbacks=[Recovery(order, plan, config)],
     )
 
@@ -114,7 +118,9 @@ class Fit:
 
 
 def _elsewhere(order: Order) -> dict[str, Any]:
-    """Where not to place workers."""
+    """Where to place workers, or where not to."""
+    if order.nodes:
+        return {"label_selector": [{"ray.io/node-id": node} for node in order.nodes]}
     return {"label_selector": {"ray.io/node-id": f"!in({','.join(order.avoid)})"}} if order.avoid else {}
 
 
@@ -157,8 +163,9 @@ class Recovery(UserCallback):
         self._publish()
         if found.action == "restart":
             lost_mark(self._folder).touch()
-            return
-        if found.action == "change":
+            if not self._order.nodes:
+                return
+        if found.action != "stop":  # Ray would wait for the same nodes: the fleet may know better ones
             change = {"reason": found.reason, "micro_batch": found.micro_batch, "avoid": list(found.avoid)}
             write_json(self._folder.change, change)
         raise RuntimeError(found.reason)

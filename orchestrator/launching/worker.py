@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -60,6 +61,12 @@ class Order:
     """The largest micro batch, after a larger one ran out of memory."""
     avoid: tuple[str, ...] = ()
     """Ids of nodes on which no worker is to be placed."""
+    nodes: tuple[str, ...] = ()
+    """The node of each worker, where a fleet says on which; otherwise Ray chooses."""
+    told: str = ""
+    """Why the fleet gives it these."""
+    cause: str = ""
+    """What ended the attempt before, where its driver knows better than the records."""
     lasting: bool = False
     """Whether the cluster outlives the run, and nodes may be taken away after notice: not so where it is embedded."""
 
@@ -133,7 +140,8 @@ class _Worker:
         dist.broadcast_object_list(word, src=0)
         nodes: list[Any] = [None] * self._world_size
         dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-        return word[0], nodes
+        found: Attempt = word[0]
+        return dataclasses.replace(found, cause=self._order.cause or found.cause), nodes
 
     def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
@@ -185,6 +193,8 @@ class _Worker:
             nodes=nodes,
             publisher=self._publisher,
         )
+        if self._order.told:
+            self._recorder.event("fleet", f"the fleet: {self._order.told}")
         return Training(
             config=config,
             plan=plan,

@@ -118,10 +118,13 @@ def make_plan(
         ClusterError: the cluster is too small.
         DataError: there is nothing to train on.
     """
+    asked, config = config.scale.workers, _at_its_smallest(config)
     workers = shape.workers(config.scale)
     on_gpu = shape.accelerators_per_worker(config.scale) > 0
     reasons: list[str] = []
     layout = _layout(config, workers, train_samples, reasons, imagined=shape.imagined)
+    if asked != config.scale.workers:
+        reasons.append(f"planned for the fewest workers of scale.workers={asked}: the fleet says how many it gets")
     stage = len(reasons)
     zero_stage = _zero_stage(config, workers, reasons)
     offload = _offload(config, on_gpu, zero_stage)
@@ -218,6 +221,14 @@ def _costed(plan: Plan, setting: Setting, stage_at: int, *, refuse: bool) -> Pla
         reasons=(*reasons, *why),
         costing=costing,
     )
+
+
+def _at_its_smallest(config: RunConfig) -> RunConfig:
+    """A run in a queue is planned for the fewest workers it takes, until the fleet says how many it gets."""
+    workers = config.scale.workers
+    if config.fleet.queue is None or not isinstance(workers, tuple):
+        return config
+    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers[0]})})
 
 
 def _layout(

@@ -134,6 +134,60 @@ FLEET = Dashboard(
             ),
         ),
         Row(
+            "Who shares the cluster",
+            (
+                Panel(
+                    "Devices by run",
+                    "Of runs in queues, and how many there are for them.",
+                    {
+                        "{{queue}} {{run}}": "orchestrator_fleet_devices",
+                        "capacity": "orchestrator_fleet_capacity_devices",
+                    },
+                    low=0,
+                ),
+                Panel(
+                    "Devices by queue",
+                    "Together, whoever has them.",
+                    {"{{queue}}": "sum by (queue) (orchestrator_fleet_devices)"},
+                    low=0,
+                    stacked=True,
+                ),
+                Panel(
+                    "Waiting",
+                    "For how long each run has waited for devices.",
+                    {"{{queue}} {{run}}": "orchestrator_fleet_waiting_seconds > 0"},
+                    "s",
+                    low=0,
+                ),
+                Panel(
+                    "What the devices earn",
+                    "Goodput of all runs, each in devices of its smallest size, against what is used and there.",
+                    {
+                        "earned": "orchestrator_fleet_earned_devices",
+                        "used": "orchestrator_fleet_used_devices",
+                        "capacity": "orchestrator_fleet_capacity_devices",
+                    },
+                    low=0,
+                ),
+                Panel(
+                    "Decisions and moves",
+                    "Per hour: decisions, and runs that were given other devices.",
+                    {
+                        "decisions": "3600 * rate(orchestrator_fleet_decisions_total[$__rate_interval])",
+                        "moves": "3600 * rate(orchestrator_fleet_moves_total[$__rate_interval])",
+                    },
+                    low=0,
+                ),
+                Panel(
+                    "Cost of moves",
+                    "Seconds that runs stood still to be moved, by the second.",
+                    {"lost": "rate(orchestrator_fleet_move_seconds_total[$__rate_interval])"},
+                    "percentunit",
+                    low=0,
+                ),
+            ),
+        ),
+        Row(
             "Is it safe",
             (
                 Panel(

@@ -187,7 +187,9 @@ def _values(held: _Held) -> Iterator[tuple[str, Labels, float | Buckets]]:
         counted.counters.items(), counted.histograms.items(), held.totals.items(), snapshot.gauges.items()
     )
     for (name, labels), value in everything:
-        if KNOWN[name].source != "every rank":
+        if KNOWN[name].source == "fleet":
+            yield name, labels, value
+        elif KNOWN[name].source != "every rank":
             yield name, (snapshot.run, *labels), value
         elif not snapshot.leaving:
             yield name, (snapshot.run, snapshot.source, *labels), value

@@ -91,6 +91,10 @@ class Meter:
         if value is not None:
             self._gauges[_key(name, labels, "gauge")] = float(value)
 
+    def forget(self, name: str) -> None:
+        """Forget all series of a gauge: what it was about is gone."""
+        self._gauges = {key: value for key, value in self._gauges.items() if key[0] != name}
+
     def average(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge to the mean of what was given since the last snapshot."""
         key = _key(name, labels, "gauge")

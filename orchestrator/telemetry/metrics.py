@@ -17,7 +17,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 """Upper bounds of the buckets of a time, in s."""
 
 Kind = Literal["counter", "gauge", "histogram"]
-Source = Literal["rank 0", "every rank", "driver", "hub"]
+Source = Literal["rank 0", "every rank", "driver", "hub", "fleet"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Metric:
     source: Source
     help: str
     labels: tuple[str, ...] = ()
-    """What its reporter says of it, beside ``run`` and, for every rank, ``rank``, which the hub adds."""
+    """What its reporter says of it, beside ``run`` and, for every rank, ``rank``, which the hub adds; the hub itself
+    and the fleet say all of it."""
 
     @property
     def all_labels(self) -> tuple[str, ...]:
         """Labels as they are exported."""
-        if self.source == "hub":
+        if self.source in ("hub", "fleet"):
             return self.labels
         return ("run", *(("rank",) if self.source == "every rank" else ()), *self.labels)
 
@@ -150,6 +151,33 @@ TABLE: tuple[Metric, ...] = (
         "lost_seconds_total", "seconds", "Wall time since the first attempt that was no use.", "driver", ("cause",)
     ),
     _gauge("goodput_ratio", "ratio", "Time of steps that count over wall time since the first attempt.", "driver"),
+    # Who shares the cluster?
+    _gauge("fleet_devices", "devices", "Devices that the run is given; 0 while it waits.", "fleet", ("run", "queue")),
+    _gauge(
+        "fleet_waiting_seconds",
+        "seconds",
+        "For how long the run has waited for devices; 0 while it has some.",
+        "fleet",
+        ("run", "queue"),
+    ),
+    _gauge(
+        "fleet_capacity_devices", "devices", "Devices that runs in queues may share; others' are left out.", "fleet"
+    ),
+    _gauge("fleet_used_devices", "devices", "Devices that are given to runs.", "fleet"),
+    _gauge(
+        "fleet_earned_devices",
+        "devices",
+        "Goodput of all runs, each in devices of its own smallest size: what the devices in use are worth.",
+        "fleet",
+    ),
+    _counter("fleet_decisions_total", "decisions", "Decisions on who gets how many devices.", "fleet"),
+    _counter("fleet_moves_total", "moves", "Runs that were given other devices, or none, while they ran.", "fleet"),
+    _counter(
+        "fleet_move_seconds_total",
+        "seconds",
+        "What those moves cost, as each run has measured its restarts.",
+        "fleet",
+    ),
     # The hardware, and telemetry itself
     _gauge("rank_info", "1", "Where the rank runs.", "every rank", ("host", "device")),
     _gauge(

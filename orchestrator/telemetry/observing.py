@@ -222,6 +222,38 @@ def observe_state(meter: Meter, state: str) -> None:
         meter.set("orchestrator_run_state", float(each == state), each)
 
 
+@dataclass(frozen=True)
+class FleetFacts:
+    """How a fleet stands, and what it has done since its service began."""
+
+    runs: tuple[tuple[str, str, int, float], ...] = ()
+    """Name, queue, devices, and for how many seconds it has waited for some, of each run."""
+    capacity: int = 0
+    earned: float = 0.0
+    decisions: int = 0
+    moves: int = 0
+    move_s: float = 0.0
+
+
+MOST_FLEET_RUNS = 400
+"""That are told of one by one: a snapshot holds at most a thousand series."""
+
+
+def observe_fleet(meter: Meter, facts: FleetFacts) -> None:
+    """Who shares the cluster, and what that cost."""
+    for name in ("orchestrator_fleet_devices", "orchestrator_fleet_waiting_seconds"):
+        meter.forget(name)
+    for run, queue, devices, waiting_s in facts.runs[:MOST_FLEET_RUNS]:
+        meter.set("orchestrator_fleet_devices", devices, run, queue)
+        meter.set("orchestrator_fleet_waiting_seconds", waiting_s, run, queue)
+    meter.set("orchestrator_fleet_capacity_devices", facts.capacity)
+    meter.set("orchestrator_fleet_used_devices", sum(devices for _, _, devices, _ in facts.runs))
+    meter.set("orchestrator_fleet_earned_devices", facts.earned)
+    meter.reach("orchestrator_fleet_decisions_total", facts.decisions)
+    meter.reach("orchestrator_fleet_moves_total", facts.moves)
+    meter.reach("orchestrator_fleet_move_seconds_total", facts.move_s)
+
+
 def observe_requests(meter: Meter, operation: str, *, retries: int, errors: int) -> None:
     """The same, as this process counts them elsewhere since it began."""
     meter.reach("orchestrator_storage_retries_total", retries, operation)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,92 @@ def test_wrong_token_and_wrong_address(hosts: Hosts, token: str, address: str, s
     assert refused.code == 2
     assert said in refused.err
     assert len(refused.err.strip().splitlines()) == 1, refused.err
+
+
+LONG, SHORT = 100, 40
+SHARING = (
+    "benchmarks.fleet_jobs:waiting",
+    "--set",
+    "policy.name=fixed",
+    "--set",
+    "recipe.schedule.name=constant",
+    "--set",
+    "recipe.schedule.warmup=0",
+)
+QUEUED = ("--queue", "team-a", "--set", "fleet.policy=fair", "--set", "scale.workers=1,4")
+
+
+def _submit(hosts: Hosts, name: str, epochs: int, *more: str) -> None:
+    words = (*SHARING, "--set", f"name={name}", "--arg", f"epochs={epochs}", "--set", "checkpoint.interval_s=5", *more)
+    sent = hosts.orchestrator("submit", *words, "--no-follow")
+    assert sent.code == 0, sent.err
+    wait_until(lambda: hosts.step(name) > 3)
+
+
+def _service(hosts: Hosts) -> int | None:
+    listed = subprocess.run(["ip", "netns", "pids", "rhhead"], capture_output=True, text=True, check=True)
+    for number in map(int, listed.stdout.split()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{number}/cmdline").read_bytes().startswith(b"ray::FleetActor"):
+                return number
+    return None
+
+
+def _losses(hosts: Hosts, name: str) -> list[float]:
+    found = read(hosts.run(name) / "metrics.jsonl")
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1)), "each step once, in order"
+    return [record["loss"] for record in found]
+
+
+def test_runs_share_the_cluster_and_end_as_they_would_alone(hosts: Hosts) -> None:
+    """Three runs in a queue beside one that is in none; the service and a host are killed meanwhile."""
+    _submit(hosts, "alone", SHORT)
+    for name, epochs in (("first", SHORT), ("second", SHORT), ("long", LONG)):
+        _submit(hosts, name, epochs, *QUEUED)
+    queue = hosts.orchestrator("queue", "--json")
+    assert queue.code == 0, queue.err
+    rows = {row["name"]: row for row in queue.summary["rows"]}
+    assert set(rows) <= {"first", "second", "long"}, "a run without a queue is somebody else's"
+    assert queue.summary["used"] == sum(row["devices"] for row in rows.values()) <= queue.summary["devices"] <= 4
+    assert rows["long"]["state"] == "running"
+    assert all(row["why"] for row in rows.values())
+
+    service = _service(hosts)
+    assert service is not None
+    attempts = len(read(hosts.run("long") / "attempts.jsonl"))
+    os.kill(service, signal.SIGKILL)
+    reached = hosts.step("long")
+    wait_until(lambda: hosts.step("long") > reached + 20)
+    wait_until(lambda: _service(hosts) not in (None, service))
+    assert len(read(hosts.run("long") / "attempts.jsonl")) - attempts <= 2, "no more than a resize that was under way"
+
+    hosts("kill", "w2")
+    time.sleep(5.0)  # as long as a host takes to come back
+    hosts("start", "w2", CPUS="2", **HEAD_MAY_GO)
+    names = ("alone", "first", "second", "long")
+    wait_until(lambda: all((hosts.run(name) / "summary.json").exists() for name in names))
+    summaries = {name: json.loads((hosts.run(name) / "summary.json").read_text()) for name in names}
+    assert {name: summary["state"] for name, summary in summaries.items()} == dict.fromkeys(names, "finished")
+    reference = _losses(hosts, "alone")
+    for name in ("first", "second", "long"):
+        own = _losses(hosts, name)
+        assert own[: len(reference)] == pytest.approx(reference, abs=1e-4), name
+        assert len(own) == math.ceil((LONG if name == "long" else SHORT) * 1437 / 64)
+    for name in ("first", "second"):
+        assert summaries[name]["samples"] == summaries["alone"]["samples"]
+        assert summaries[name]["metrics"]["accuracy"] == pytest.approx(
+            summaries["alone"]["metrics"]["accuracy"], abs=1e-2
+        )
+    started = [record for record in read(hosts.run("long") / "attempts.jsonl") if record["event"] == "started"]
+    ends = [read(hosts.run(name) / "attempts.jsonl")[-1]["time"] for name in ("first", "second")]
+    grown = [
+        after
+        for before, after in pairwise(started)
+        if len(after["nodes"]) > len(before["nodes"]) and after["cause"] == "resized"
+    ]
+    assert any(record["time"] > min(ends) for record in grown), "when one ends, the others get its devices"
+    told = [event["text"] for event in read(hosts.run("long") / "events.jsonl") if event["event"] == "fleet"]
+    assert len(told) == len(started)
 
 
 def test_a_dead_head_is_said(hosts: Hosts) -> None:

@@ -184,3 +184,14 @@ def test_a_histogram_is_cumulative(board: Board) -> None:
     assert page["orchestrator_step_seconds_count", ("a",)] == 3
     assert page["orchestrator_step_seconds_sum", ("a",)] == 0.5
     assert page["orchestrator_step_seconds_bucket", ("0.0025", "a")] == 2
+
+
+def test_a_fleet_names_the_runs_itself() -> None:
+    board = Board(ttl_s=10.0, clock=lambda: 0.0)
+    gauges = {("orchestrator_fleet_devices", ("b", "team-a")): 2.0, ("orchestrator_fleet_used_devices", ()): 2.0}
+    counted = Counted({("orchestrator_fleet_moves_total", ()): 3.0})
+    board.take(said(run="fleet", source="fleet", own=counted, gauges=gauges))
+    page = shown(board)
+    assert page["orchestrator_fleet_devices", ("team-a", "b")] == 2.0
+    assert page["orchestrator_fleet_used_devices", ()] == 2.0
+    assert page["orchestrator_fleet_moves_total", ()] == 3.0

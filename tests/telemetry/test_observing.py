@@ -11,11 +11,13 @@ from orchestrator.telemetry.accounting import Account
 from orchestrator.telemetry.meter import Meter
 from orchestrator.telemetry.metrics import STATES
 from orchestrator.telemetry.observing import (
+    FleetFacts,
     RunFacts,
     RunObserver,
     observe_account,
     observe_blocked,
     observe_checkpoint_failure,
+    observe_fleet,
     observe_memory,
     observe_parts,
     observe_requests,
@@ -152,3 +154,26 @@ def test_the_account_has_a_zero_for_what_did_not_happen() -> None:
     assert counted["lost_seconds_total|checkpoint"] == 0.0
     assert counted["restarts_total|worker_lost"] == 0
     assert counted["restarts_total|memory"] == 1
+
+
+def test_a_fleet_says_who_has_what_and_forgets_who_is_gone() -> None:
+    meter = Meter()
+    runs = (("a", "team-a", 2, 0.0), ("b", "team-b", 0, 12.0))
+    observe_fleet(meter, FleetFacts(runs, capacity=4, earned=1.8, decisions=3, moves=1, move_s=20.0))
+    gauges = meter.gauges()
+    assert gauges["orchestrator_fleet_devices", ("a", "team-a")] == 2.0
+    assert gauges["orchestrator_fleet_waiting_seconds", ("b", "team-b")] == 12.0
+    whole = {name: gauges[f"orchestrator_fleet_{name}_devices", ()] for name in ("capacity", "used", "earned")}
+    assert whole == {"capacity": 4.0, "used": 2.0, "earned": 1.8}
+    observe_fleet(meter, FleetFacts(runs[:1], capacity=4, decisions=4, moves=1, move_s=20.0))
+    assert [labels for name, labels in meter.gauges() if name == "orchestrator_fleet_devices"] == [("a", "team-a")]
+    counters = meter.counted().counters
+    assert counters["orchestrator_fleet_decisions_total", ()] == 4.0
+    assert counters["orchestrator_fleet_move_seconds_total", ()] == 20.0
+
+
+def test_a_fleet_of_many_runs_still_fits_into_a_snapshot() -> None:
+    meter = Meter()
+    observe_fleet(meter, FleetFacts(tuple((f"run-{number}", "q", 1, 0.0) for number in range(2000)), capacity=2000))
+    assert len(meter.gauges()) < 1000
+    assert meter.gauges()["orchestrator_fleet_used_devices", ()] == 2000.0

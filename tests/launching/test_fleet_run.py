@@ -1,0 +1,150 @@
+"""Runs that share a small cluster through the command line: they wait, are paused, go on, and are stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from commands import TIMEOUT_S, Ended, environment, losses, records
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+JOB = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=40", "--set", "policy.name=fixed")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A cluster of two CPUs, and a folder for its runs."""
+
+    address: str
+    folder: Path
+
+    def command(self, *words: str, name: str) -> subprocess.Popen[str]:
+        with (self.folder / f"{name}.err").open("w") as err:
+            return subprocess.Popen(
+                [sys.executable, "-m", "orchestrator", *words, "--address", self.address],
+                cwd=self.folder,
+                env={**environment(self.folder), "RAY_AUTH_MODE": "disabled"},
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+            )
+
+    def run(self, name: str, workers: str) -> subprocess.Popen[str]:
+        settings = ("--set", f"name={name}", "--set", f"scale.workers={workers}", "--set", "fleet.policy=fifo")
+        return self.command("run", *JOB, *settings, "--queue", "team-a", "--json", name=name)
+
+    def queue(self, *words: str) -> Ended:
+        process = self.command("queue", *words, "--json", name="queue")
+        out, _ = process.communicate(timeout=TIMEOUT_S)
+        return Ended(process.returncode, out, self.said("queue"))
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.err").read_text()
+
+    def steps(self, name: str) -> int:
+        return len(records(self.folder / "runs" / name))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("shared")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    words = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    env = {**environment(folder), "RAY_AUTH_MODE": "disabled"}
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(words, env=env, cwd=folder, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: "Ray runtime started" in (folder / "head.log").read_text())
+        yield Shared(f"127.0.0.1:{port}", folder)
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        for member in [head, *family]:
+            member.kill()
+        head.wait(30)
+        psutil.wait_procs(family, timeout=30)
+
+
+def wait_until(ready: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def rows(ended: Ended) -> dict[str, dict[str, Any]]:
+    assert ended.code == 0, ended.err
+    return {row["name"]: row for row in ended.summary["rows"]}
+
+
+def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
+    none = shared.queue()
+    assert none.code == 2
+    assert "there is no fleet on this cluster: one begins with the first run that names a queue" in none.err
+
+    a = shared.run("a", "2")
+    wait_until(lambda: shared.steps("a") > 3)
+    b, c = shared.run("b", "1,2"), None
+    wait_until(lambda: "waiting in queue team-a: next in turn" in shared.said("b"))
+    c = shared.run("c", "1")
+    wait_until(lambda: "1 before it (b)" in shared.said("c"))
+    assert "running: a" in shared.said("c")
+    c.send_signal(signal.SIGTERM)
+    stopped = json.loads(c.communicate(timeout=TIMEOUT_S)[0])
+    assert c.returncode == 1
+    assert (stopped["state"], stopped["step"]) == ("stopped", None)
+    assert stopped["reason"] == "stop requested while it waited in its queue"
+
+    before = shared.steps("a")
+    shared.queue("pause", "a")
+    wait_until(lambda: shared.steps("b") > 3)
+    seen = rows(shared.queue("move", "b", "--queue", "team-b", "--priority", "4"))
+    assert (seen["a"]["state"], seen["a"]["devices"]) == ("paused", 0)
+    assert (seen["b"]["state"], seen["b"]["queue"], seen["b"]["priority"]) == ("running", "team-b", 4)
+    assert "c" not in seen
+    page = metrics(shared.said("a"))
+    assert page['orchestrator_fleet_devices{queue="team-a",run="a"}'] == 0.0
+    assert page['orchestrator_fleet_devices{queue="team-b",run="b"}'] == seen["b"]["devices"]
+    assert page["orchestrator_fleet_capacity_devices"] == 2.0
+    assert page["orchestrator_fleet_moves_total"] >= 1.0
+
+    unknown = shared.queue("pause", "nobody")
+    assert unknown.code == 2
+    assert "no run called 'nobody' is in the queue" in unknown.err
+
+    b.send_signal(signal.SIGTERM)
+    ended = json.loads(b.communicate(timeout=TIMEOUT_S)[0])
+    assert (b.returncode, ended["state"]) == (1, "stopped")
+    assert ended["checkpoint"] is not None
+    assert list(rows(shared.queue("resume", "a"))) == ["a"]
+    finished = json.loads(a.communicate(timeout=TIMEOUT_S)[0])
+    assert (a.returncode, finished["state"]) == (0, "finished")
+    assert len(losses(shared.folder / "runs" / "a")) == finished["step"] > before
+    started = [one for one in records(shared.folder / "runs" / "a", "attempts.jsonl") if one["event"] == "started"]
+    assert [(len(one["nodes"]), one.get("cause")) for one in started] == [(2, None), (2, "preempted_by_the_fleet")]
+    assert finished["restarts"] == {"preempted_by_the_fleet": 1}
+    book = list((shared.folder / "runs" / ".fleet").glob("*.json"))
+    assert len(book) == 1
+    assert json.loads(book[0].read_text())["book"]["entries"] == []
+
+
+def metrics(said: str) -> dict[str, float]:
+    """The hub's page, found as a person would: by what the run says."""
+    where = next(word for word in said.split() if word.startswith("http://") and word.endswith("/metrics"))
+    with urllib.request.urlopen(where, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
