@@ -35,6 +35,7 @@ def test_what_lies_where() -> None:
         "decisions": "decisions.jsonl",
         "events": "events.jsonl",
         "attempts": "attempts.jsonl",
+        "health": "health.jsonl",
         "failure_log": "failures.jsonl",
         "checkpoints": "checkpoints",
         "summary": "summary.json",
