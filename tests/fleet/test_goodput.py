@@ -11,7 +11,7 @@ from fleets import NOW_S, fleets, job, model, nodes, running
 from orchestrator.fleet import Allocation, GoodputPolicy, JobView
 from orchestrator.fleet.cluster import Fleet
 from orchestrator.fleet.rating import options
-from orchestrator.fleet.worth import worth
+from orchestrator.fleet.worth import RELUCTANCE, worth
 
 EIGHT = nodes(gpu=(1, 8))
 
@@ -38,6 +38,38 @@ def test_where_lengths_are_unknown_the_one_that_had_less_has_more() -> None:
     old = job("old", remaining_progress=None, progress=1e8, attained_device_s=1e5, age_s=1000.0)
     found = decide(old, job("new", remaining_progress=None), cluster=nodes(gpu=(1, 6)))
     assert found["new"] > found["old"]
+
+
+def weights(*jobs: JobView, cluster: Mapping[str, tuple[str, int]]) -> dict[str, float]:
+    """Of runs that wait: what a second of their work is worth."""
+    fleet = Fleet.of(jobs, cluster)
+    judged = worth(fleet, options(fleet), NOW_S)
+    rated = options(fleet)
+    return {
+        view.name: float(judged.value[row] / judged.speed[row])
+        for view, row in zip(fleet.jobs, rated.starts[:-1], strict=True)
+    }
+
+
+def test_the_shortest_is_waited_for_and_the_last_of_many_counts_more() -> None:
+    many = [job(f"run-{index:02}", remaining_progress=1e6 * 1.5**index) for index in range(12)]
+    found = list(weights(*many, cluster=nodes(gpu=(8, 8))).values())
+    assert found[:8] == sorted(found[:8], reverse=True)
+    assert found[-1] > found[-3]
+    few = list(weights(*many[-2:], cluster=EIGHT).values())
+    assert few[0] > few[1]
+
+
+def test_a_run_keeps_its_weight_as_it_tries_larger_sizes() -> None:
+    step_time = [{"gpu": model(network_s=0.001, timed=size)} for size in (1, 2, 4, 8)]
+    found = [weights(job(step_time=one), cluster=nodes(gpu=(2, 8)))["run"] for one in step_time]
+    assert max(found) < 2.0 * min(found)
+
+
+def test_a_stop_must_earn_its_cost() -> None:
+    fleet = Fleet.of([running(job(restart_cost_s=0.0), {"gpu-00": 4})], EIGHT)
+    judged = worth(fleet, options(fleet), NOW_S)
+    assert judged.idle[0] == pytest.approx(-RELUCTANCE * judged.value[judged.stays[0]])
 
 
 def test_a_run_about_to_end_is_not_moved() -> None:
