@@ -132,7 +132,7 @@ def test_killed_worker_is_replaced_and_a_killed_driver_leaves_nothing_and_nothin
     done = run(DIGITS, *options)
     assert done.code == 0, done.err
     assert "going on from checkpoint step-" in done.err
-    assert "replaced" not in done.err, "the driver's own first start is no restart"
+    assert "lost and replaced" not in done.err, "the driver's own first start is no restart"
     assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
     assert done.summary["metrics"] == undisturbed.summary["metrics"]
 
