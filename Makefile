@@ -1,6 +1,6 @@
 # Everything here works from a fresh clone with Python 3.11+, make and a C compiler. `make help` lists the targets.
 #   PYTHON=python3.12   the interpreter that creates .venv (default: python3)
-#   ARGS='...'          passed on to the command behind `run` and `test`
+#   ARGS='...'          passed on to the command behind `run`, `test` and `check`; for tests one by one: ARGS='-n 0'
 
 SHELL = /bin/sh
 PYTHON ?= python3
@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests run in as many processes as there are CPUs, up to four; those that start Ray stand in one queue (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadgroup --no-loadscope-reorder
 UNIT := not ray and not s3 and not k8s and not gpu and not slow
 
 .DEFAULT_GOAL := help
@@ -26,11 +28,11 @@ run: $(STAMP)  ## train the digits ResNet on an embedded cluster (ARGS="--set se
 test: $(STAMP)  ## every test this machine can run (ARGS="-k resume")
 	@$(BIN)/python helm/kube_tools.py || echo '==> the tests of the chart are skipped'
 	@echo '==> pytest'
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: lint  ## the fast part: format, lint, types, layers, unit tests
 	@echo '==> pytest (unit tests)'
-	@$(BIN)/python -m pytest -q -m '$(UNIT)' $(ARGS)
+	@$(PYTEST) -q -m '$(UNIT)' $(ARGS)
 
 lint: $(STAMP)  ## check format, lint, types and layers; change nothing
 	@echo '==> ruff format'

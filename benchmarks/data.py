@@ -13,10 +13,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from group import records, train
 from torch.utils.data import DataLoader, Dataset
 
 from jobs.vision import SIDE, digits, write_digits
@@ -104,14 +103,7 @@ def _training(folder: Path, options: argparse.Namespace) -> list[tuple[float, fl
         for pair in range(options.pairs)
         for side in (("s3", "memory") if pair % 2 == 0 else ("memory", "s3"))
     ]
-    description = folder / "runs.json"
-    description.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
-    own = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit("\n".join(done.stderr.splitlines()[-20:]))
+    train(runs, folder / "runs.json")
     return [(_rate(folder / f"s3-{pair}"), _rate(folder / f"memory-{pair}")) for pair in range(options.pairs)]
 
 
@@ -133,7 +125,7 @@ def _run(folder: Path, name: str, data: str, mode: str, steps: int) -> dict[str,
 
 def _rate(folder: Path) -> float:
     """Samples/s of wall time, waiting for data included."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = records(folder / "metrics.jsonl")
     timed = lines[WARM_UP_STEPS - 1 :]
     return float(sum(line["global_batch"] for line in timed[1:]) / (timed[-1]["time"] - timed[0]["time"]))
 

@@ -187,11 +187,13 @@ class Arrival:
     """Reference samples of the whole run."""
 
 
-def workload(apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int, hours: float) -> list[Arrival]:
+def workload(
+    apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int, hours: float, lengths: float = 1.0
+) -> list[Arrival]:
     """Half of the runs arrive evenly, half in bursts; the time each would take alone on one device is log-normal.
 
     As in the workloads of Pollux and Sia most runs are small and a few make most of the work (``LENGTHS``). Lengths are
-    made up; recorded trainings are stretched to them.
+    made up; recorded trainings are stretched to them, and once more by ``lengths``.
     """
     chance = np.random.default_rng([seed, 160])
     types = sorted({kind for kind, _ in CLUSTERS[cluster].values()})
@@ -202,7 +204,7 @@ def workload(apps: Mapping[str, Recorded], cluster: str, seed: int, *, jobs: int
     for index in range(jobs):
         app = names[int(chance.choice(len(names), p=shares / shares.sum()))]
         _, median_s, spread = LENGTHS[app]
-        alone_s = float(np.clip(chance.lognormal(np.log(median_s), spread), 120.0, 48 * 3600.0))
+        alone_s = lengths * float(np.clip(chance.lognormal(np.log(median_s), spread), 120.0, 48 * 3600.0))
         even = chance.uniform(0.0, hours * 3600.0)
         burst = bursts[chance.integers(len(bursts))] + chance.exponential(300.0)
         at_s = float(even if chance.uniform() < 0.5 else burst)
@@ -280,6 +282,10 @@ class Settings:
     cluster: str = "aws"
     jobs: int = 160
     hours: float = 8.0
+    lengths: float = 1.0
+    """Of all runs, times."""
+    restart_costs: float = 1.0
+    """Times."""
     learned: bool = False
     """Models only of sizes that a run was at, without the nine timings before it."""
     blind: bool = False
@@ -326,7 +332,7 @@ class Simulation:
         self.events: list[tuple[float, int, str, Any]] = []
         self.numbers = itertools.count()
         self.decisions, self.decision_s = 0, 0.0
-        for arrival in workload(apps, s.cluster, seed, jobs=s.jobs, hours=s.hours):
+        for arrival in workload(apps, s.cluster, seed, jobs=s.jobs, hours=s.hours, lengths=s.lengths):
             self._at(arrival.at_s, "arrival", arrival)
         self._schedule_losses()
 
@@ -400,12 +406,15 @@ class Simulation:
         if there is not None and not same:
             run.restarts += run.started_s is not None
             run.started_s = self.now_s if run.started_s is None else run.started_s
-            run.ready_s = self.now_s + RESTART_COST_S[run.app.name]
+            run.ready_s = self.now_s + self._restart_cost_s(run)
         run.here = there
         run.rate = run.goodput()
         if same and there is not None and self.now_s - run.ready_s >= TICK_S / 2:
             size = (len(there.devices_per_node), there.devices)
             run.visited[there.device_type] = run.visited.get(there.device_type, frozenset()) | {size}
+
+    def _restart_cost_s(self, run: Run) -> float:
+        return RESTART_COST_S[run.app.name] * self.s.restart_costs
 
     def _check(self) -> None:
         used: dict[str, int] = defaultdict(int)
@@ -426,7 +435,7 @@ class Simulation:
             age_s=self.now_s - run.arrival.at_s,
             attained_device_s=run.attained_device_s,
             restarts=run.restarts,
-            restart_cost_s=RESTART_COST_S[name],
+            restart_cost_s=self._restart_cost_s(run),
             progress=run.progress,
             remaining_progress=None if self.s.blind else max(run.arrival.progress - run.progress, 0.0),
             step_time=known,
@@ -623,13 +632,23 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--jobs", type=int, default=160)
     parser.add_argument("--hours", type=float, default=8.0, help="over which they arrive")
+    parser.add_argument("--lengths", type=float, default=1.0, help="times those of the workloads")
+    parser.add_argument("--restart-costs", type=float, default=1.0, help="times those of the applications")
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma separated")
     parser.add_argument("--learned", action="store_true", help="no model before a size has been run")
     parser.add_argument("--blind", action="store_true", help="remaining work is not known")
     parser.add_argument("--timeline", type=Path, help="write a picture of the first workload")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    settings = Settings(asked.cluster, asked.jobs, asked.hours, asked.learned, asked.blind)
+    settings = Settings(
+        cluster=asked.cluster,
+        jobs=asked.jobs,
+        hours=asked.hours,
+        lengths=asked.lengths,
+        restart_costs=asked.restart_costs,
+        learned=asked.learned,
+        blind=asked.blind,
+    )
     apps = load(asked.folder)
     models, outcomes = Models(apps), []
     for seed in range(asked.first, asked.first + asked.seeds):

@@ -13,15 +13,15 @@ median ratio of at least 0.98.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from group import records, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,7 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="measuring-") as folder:
         runs = [_run(Path(folder), options, n, side) for n in range(options.pairs) for side in _order(n)]
-        _train(runs, Path(folder))
+        train(runs, Path(folder) / "runs.json")
         pairs = [
             {side: _seconds(Path(folder) / f"{side}-{n}") for side in ("goodput", "fixed")}
             for n in range(options.pairs)
@@ -74,20 +74,9 @@ def _run(folder: Path, options: argparse.Namespace, pair: int, side: str) -> dic
     return {"job": "jobs.vision:digits", "args": [f"batch={options.batch}"], "overrides": overrides}
 
 
-def _train(runs: list[dict[str, Any]], folder: Path) -> None:
-    description = folder / "runs.json"
-    description.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
-
-
 def _seconds(folder: Path) -> float:
     """Wall clock of the timed part."""
-    times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [step["time"] for step in records(folder / "metrics.jsonl")]
     return float(times[-1] - times[WARM_UP_STEPS - 1])
 
 

@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +28,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from group import records, train
 
 from orchestrator.launching.cluster import RayCluster
 
@@ -52,7 +52,9 @@ def main() -> int:
         runs = [_run(folder, options, n, side) for n in range(options.pairs) for side in _order(n)]
         os.environ["ORCHESTRATOR_TARGETS"] = str(folder / "targets")
         with RayCluster.connect(None, log=folder / "ray.log"), _scraping():
-            _train(runs, folder)
+            import ray  # it reads its environment then
+
+            train(runs, folder / "runs.json", f"--hub={ray.get_runtime_context().gcs_address}")
         folders = [{side: folder / f"{side}-{n}" for side in ("on", "off")} for n in range(options.pairs)]
         pairs = [{side: _steps_s(run) for side, run in pair.items()} for pair in folders]
         busy = [{side: [_busy_s(run) / options.steps] for side, run in pair.items()} for pair in folders]
@@ -84,20 +86,6 @@ def _run(folder: Path, options: argparse.Namespace, pair: int, side: str) -> dic
     return {"job": "jobs.vision:digits", "args": [f"width={options.width}"], "overrides": overrides}
 
 
-def _train(runs: list[dict[str, Any]], folder: Path) -> None:
-    import ray
-
-    description = folder / "runs.json"
-    description.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
-    command += [f"--hub={ray.get_runtime_context().gcs_address}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
-
-
 @contextlib.contextmanager
 def _scraping() -> Iterator[None]:
     """Ask the hub for its page as a Prometheus would."""
@@ -119,7 +107,7 @@ def _scraping() -> Iterator[None]:
 
 def _steps_s(folder: Path) -> list[float]:
     """Times between two records."""
-    times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [step["time"] for step in records(folder / "metrics.jsonl")]
     return [b - a for a, b in itertools.pairwise(times[WARM_UP_STEPS - 1 :])]
 
 

@@ -29,7 +29,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -38,11 +37,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from group import records, train
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WORKERS = 2
 SPEED_UP, NEAR_BEST = 1.5, 1.15
-RUN_TIMEOUT_S = 3600.0
 SMOOTHED = 5
 """Evaluations whose mean is held against the target: 360 images alone are off by half a percent."""
 PACKAGES = ("torch", "deepspeed", "numpy")
@@ -154,30 +154,18 @@ def _seed(task: Task, seed: int, folder: Path) -> list[Result]:
     runs = [_run(task, variant, seed, folder) for variant in order]
     folder.mkdir(parents=True, exist_ok=True)
     if missing := [run for run in runs if not _is_finished(folder / run["name"])]:
-        _train(missing, folder / f"{task.name}-{seed}.json")
+        train(missing, folder / f"{task.name}-{seed}.json")
     return [_result(task, variant, seed, folder / run["name"]) for variant, run in zip(order, runs, strict=True)]
 
 
 def _is_finished(folder: Path) -> bool:
     """Whether a run has reached its length; one that has not is removed."""
     path = folder / "metrics.jsonl"
-    last = _lines(path)[-1:] if path.exists() else []
+    last = records(path)[-1:]
     if last and last[0]["progress"] >= last[0]["length"]:
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def _train(runs: list[dict[str, Any]], description: Path) -> None:
-    description.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    command += ["--module", "benchmarks.without_ray", f"--runs={description}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
-    )
-    if done.returncode:
-        sys.exit(f"exit code {done.returncode} from {' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-20:]))
 
 
 def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -198,7 +186,7 @@ def _run(task: Task, variant: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
-    metrics, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluations.jsonl")
+    metrics, evaluations = records(folder / "metrics.jsonl"), records(folder / "evaluations.jsonl")
     started = metrics[0]["time"] - metrics[0]["step_time_s"]
     reached = [task.reached(value) for value in _smoothed([one["metrics"][task.metric] for one in evaluations])]
     for_good = len(reached) - next((i for i, held in enumerate(reversed(reached)) if not held), len(reached))
@@ -217,16 +205,12 @@ def _result(task: Task, variant: str, seed: int, folder: Path) -> Result:
         steps=metrics[-1]["step"],
         quality=evaluations[-1]["metrics"][task.metric],
         final_batch=metrics[-1]["global_batch"],
-        changes=sum(d["event"] == "decided" for d in _lines(decisions)) if decisions.exists() else 0,
+        changes=sum(d["event"] == "decided" for d in records(decisions)) if decisions.exists() else 0,
     )
 
 
 def _smoothed(values: list[float]) -> list[float]:
     return [statistics.mean(values[max(0, end - SMOOTHED) : end]) for end in range(1, len(values) + 1)]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # -- what is said of them ----------------------------------------------------------------------

@@ -24,6 +24,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,16 +194,20 @@ def report(results: list[Found], seeds: int, took_s: float) -> str:
         "",
         f"At {LARGER} times the batch, the same samples:",
         "",
-        "| task | best of the grid there | carried over | off | loss there, and at the carried rate |",
-        "| --- | --- | --- | --- | --- |",
+        "| task | best there | carried over | off | loss at the best | at the carried rate | at the rate as it was |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for found in results:
         best = min(found.large, key=found.large.__getitem__)
-        near = min(found.large, key=lambda rate: abs(math.log(rate / found.carried)))
         off = max(found.carried / best, best / found.carried)
-        losses = f"{found.large[best]:.4f}, {found.large[near]:.4f}"
+        rates = (best, found.carried, min(found.grid, key=found.grid.__getitem__))
+        losses = " | ".join(f"{found.large[_nearest(found.large, rate)]:.4f}" for rate in rates)
         lines.append(f"| {found.name} | {best:.2g} | {found.carried:.2g} | {off:.2f} x | {losses} |")
     return "\n".join(lines)
+
+
+def _nearest(rates: Iterable[float], wanted: float) -> float:
+    return min(rates, key=lambda rate: abs(math.log(rate / wanted)))
 
 
 def main() -> None:

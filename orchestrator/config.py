@@ -47,6 +47,7 @@ __all__ = [
     "Fixed",
     "FleetConfig",
     "Goodput",
+    "HealthConfig",
     "LayoutConfig",
     "Linear",
     "Penalties",
@@ -557,6 +558,21 @@ class FailureConfig(Part):
     """Seconds that workers get to finish the step and save after a signal."""
 
 
+class HealthConfig(Part):
+    """What each worker group checks of itself before its first step."""
+
+    rates: bool | Auto = "auto"
+    """Time matrix products and transfers; auto: on accelerators and on several nodes. The rest is always looked at."""
+    slow_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """A rank with less than this share of the median rank's rates, or free device memory, is named."""
+    exclude: bool = False
+    """Start the workers anew without the node of a rank so named, where there is room elsewhere."""
+    max_clock_skew_s: PositiveFloat = 2.0
+    """Seconds by which a host's clock may differ from the others' before that is said."""
+    min_free_disk_gib: NonNegativeFloat = 2.0
+    """GiB of disk that should be free for checkpoints on each host."""
+
+
 class TelemetryConfig(Part):
     """What a run says of itself."""
 
@@ -641,6 +657,8 @@ class RunConfig(Part):
     """Where and how often state is saved."""
     storage: StorageConfig = StorageConfig()
     """How S3 is reached."""
+    health: HealthConfig = HealthConfig()
+    """What is checked before the first step."""
     failures: FailureConfig = FailureConfig()
     """What is done about trouble."""
     fleet: FleetConfig = FleetConfig()

@@ -19,6 +19,7 @@ OrchestratorError                 exit code 1 unless said otherwise
     ├── FencedError               a newer attempt owns the run's folder
     ├── UserCodeError             the job's own code raised
     ├── StorageLostError          a store failed for longer than the run may wait for it
+    ├── UnhealthyNodeError        a worker is far slower than the others, and its node is to be left
     ├── WorkerLostError           workers died more often than the budget allows
     └── ClusterLostError          the cluster a run was followed on is gone
 """
@@ -49,6 +50,7 @@ __all__ = [
     "StorageError",
     "StorageLostError",
     "StorageUnavailableError",
+    "UnhealthyNodeError",
     "UserCodeError",
     "WorkerLostError",
     "did_you_mean",
@@ -134,6 +136,14 @@ class UserCodeError(RunError):
 
 class StorageLostError(RunError):
     """A store failed for longer than ``failures.storage_budget_s``."""
+
+
+class UnhealthyNodeError(RunError):
+    """A worker's checks before the first step found it far behind the others; ``node`` is Ray's id of its node."""
+
+    def __init__(self, message: str, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class WorkerLostError(RunError):

@@ -1,8 +1,9 @@
-"""What every test shares: a marked test that cannot run on this machine is skipped, and says why."""
+"""What every test shares: a marked test that cannot run here is skipped, and says why; which run side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,7 +15,33 @@ settings.register_profile("orchestrator", deadline=None)
 settings.load_profile("orchestrator")
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+RAY = "ray"
+"""The group of tests that stand in one queue."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_what_cannot_run(items)
+    if config.getoption("loadgroup", default=False):
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest queue begins at once
+        for item in items:
+            if item.get_closest_marker("ray") is not None:
+                item.add_marker(pytest.mark.xdist_group(RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several processes at once, as `make test` has it: one takes all that starts Ray, the others file after file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return RAY if nodeid.endswith(f"@{RAY}") else nodeid.partition("::")[0]
+
+    return Files(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+def skip_what_cannot_run(items: Iterable[pytest.Item]) -> None:
     reasons: dict[str, str | None] = {}
     for item in items:
         for marker, why_not in WHY_NOT.items():

@@ -616,8 +616,11 @@ class _Taking:
 def stored_loop(
     config: RunConfig, task: Task, stored: Stored, variables: Mapping[str, str], stop_in: int | None = None
 ) -> Ended:
-    """``train`` as a worker runs it beside a store; ``variables`` of the environment say how that is reached."""
-    os.environ.update(variables)
+    """``train`` as a worker runs it beside a store; ``variables`` of the environment say how that is reached.
+
+    ``{rank}`` in one of them stands for the rank's own number.
+    """
+    os.environ.update({name: value.replace("{rank}", str(dist.get_rank())) for name, value in variables.items()})
     place = StoredPlace(stored, dist.get_rank())
     try:
         attempt: list[Any] = [place.begin() if dist.get_rank() == 0 else None]

@@ -28,6 +28,13 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Of an embedded cluster alone; its processes inherit them, and so do the trials of a search.
+EMBEDDED = "ORCHESTRATOR_EMBEDDED"
+EMBEDDED_ENVIRONMENT = {
+    EMBEDDED: "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this node away after notice
+    "RAY_prestart_worker_first_driver": "0",  # Ray Train's processes have an environment of their own: these would idle
+}
 
 
 def address_of(address: str | None) -> str | None:
@@ -55,6 +62,11 @@ class RayCluster:
     def __init__(self, shape: ClusterShape, *, embedded: bool) -> None:
         self.shape = shape
         self.embedded = embedded
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it outlives the command: neither an embedded one nor that of the search of which this is a trial."""
+        return not self.embedded and EMBEDDED not in os.environ
 
     @classmethod
     @contextlib.contextmanager
@@ -108,7 +120,11 @@ def _init(address: str | None) -> None:
 def _set_environment(*, embedded: bool) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if embedded and "RAY_AUTH_MODE" not in os.environ:
+    if not embedded:
+        return
+    for name, value in EMBEDDED_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface and cannot be told otherwise. A fresh token for each embedded cluster, kept in
         # no file, means that nobody else can use it.
         os.environ["RAY_AUTH_MODE"] = "token"

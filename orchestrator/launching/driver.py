@@ -186,7 +186,7 @@ def _launch(
             driver=home.driver,
             profile=profiled[0],
             stored=home.stored,
-            drains=not cluster.embedded,
+            lasting=cluster.lasting,
         )
         with _membership(job, plan, home) as member:
             if member is not None:

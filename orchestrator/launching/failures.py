@@ -18,6 +18,7 @@ from orchestrator.errors import (
     RequestError,
     StorageError,
     StorageLostError,
+    UnhealthyNodeError,
     UserCodeError,
     WorkerLostError,
 )
@@ -36,7 +37,7 @@ __all__ = [
     "write_failure",
 ]
 
-Kind = Literal["request", "run", "user", "memory", "peer", "storage", "hang"]
+Kind = Literal["request", "run", "user", "memory", "peer", "storage", "hang", "slow"]
 # A rank whose peer died fails in its next collective; the words are gloo's, NCCL's and torch's own.
 PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|peer|gloo|nccl|socket|broken pipe|timed? ?out|store", re.IGNORECASE
@@ -47,7 +48,7 @@ OURS = str(Path(__file__).resolve().parents[1])
 
 @dataclass(frozen=True)
 class Failure:
-    """One worker's last words. ``step`` is the optimizer step it was in, counted from 1."""
+    """One worker's last words. ``step`` is the optimizer step it was in, counted from 1; ``node``: of a slow one."""
 
     rank: int
     step: int
@@ -56,6 +57,7 @@ class Failure:
     message: str
     frame: str
     trace: str
+    node: str = ""
 
     @property
     def is_collateral(self) -> bool:
@@ -84,6 +86,7 @@ def describe(error: BaseException, *, rank: int, step: int) -> Failure:
         message=str(error) or type(error).__name__,
         frame=_user_frame(error),
         trace="".join(traceback.format_exception(error)),
+        node=error.node if isinstance(error, UnhealthyNodeError) else "",
     )
 
 
@@ -137,7 +140,7 @@ def to_error(failure: Failure) -> OrchestratorError:
     if failure.kind == "hang":
         return WorkerLostError(f"rank {failure.rank}, step {failure.step}: {failure.message}\n\n{failure.trace}")
     own = getattr(errors, failure.error, None)
-    if failure.kind in ("request", "run") and isinstance(own, type) and issubclass(own, OrchestratorError):
+    if failure.kind in ("request", "run", "slow") and isinstance(own, type) and issubclass(own, OrchestratorError):
         return own(failure.message)
     where = f"rank {failure.rank}, step {failure.step}"
     frame = f"\n{failure.frame}" if failure.frame else ""
@@ -152,6 +155,8 @@ def to_error(failure: Failure) -> OrchestratorError:
 def _kind(error: BaseException) -> Kind:
     if isinstance(error, StorageError):
         return "storage"
+    if isinstance(error, UnhealthyNodeError):
+        return "slow"
     if isinstance(error, RequestError):
         return "request"
     if isinstance(error, OrchestratorError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +25,18 @@ from orchestrator.telemetry.records import read
 
 __all__ = ["RECORDS", "Attempt", "Place", "SharedPlace", "Stored", "StoredPlace"]
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "decisions.jsonl", "events.jsonl", "attempts.jsonl", "plan.json")
+RECORDS = (
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "decisions.jsonl",
+    "events.jsonl",
+    "attempts.jsonl",
+    "health.jsonl",
+    "plan.json",
+)
 PUSH_S = 2.0
+SUPERSEDED_S = 2.0
+"""How often a worker looks whether another attempt has begun, and how long it then has to end by itself."""
 QUICK_S = 20.0
 """After so long a store that does not answer is trouble that is told of; it is tried again in any case."""
 
@@ -57,6 +69,8 @@ class Place(Protocol):
 
     folder: RunFolder
     log: Path
+    disk: Path
+    """Where checkpoints go on this machine, on their way or for good."""
 
     def begin(self) -> Attempt: ...
     def guard(self, token: str) -> Guard: ...
@@ -73,8 +87,10 @@ class SharedPlace:
     def __init__(self, root: Path, rank: int, driver: str) -> None:
         self.folder = RunFolder(root)
         self.log = self.folder.logs / f"worker-{rank}.log"
+        self.disk = root
         self._driver = driver
         self._guard: Fence | None = None
+        self._ended = threading.Event()
 
     def begin(self) -> Attempt:
         """Rank 0: fence off earlier attempts, and forget what their workers said."""
@@ -86,8 +102,9 @@ class SharedPlace:
         return attempt
 
     def guard(self, token: str) -> Guard:
-        """Every rank: join the attempt."""
+        """Every rank: join the attempt, and leave it, at the latest, when the next one begins."""
         self._guard = Fence(self.folder.control, token)
+        threading.Thread(target=self._end_when_superseded, name="fence", daemon=True).start()
         return self._guard
 
     def checkpoints(self, config: RunConfig, layout_key: dict[str, Any], recorder: Any) -> Any:  # noqa: ARG002
@@ -113,6 +130,22 @@ class SharedPlace:
 
     def leave(self) -> None:
         """In any case, at the very end."""
+        self._ended.set()
+
+    def _end_when_superseded(self) -> None:
+        """In a thread: a rank that is cut off from the others waits in a collective for minutes, and the next attempt
+        waits for the lock that it holds; but it may still see the folder.
+        """
+        assert self._guard is not None
+        while not self._ended.wait(SUPERSEDED_S):
+            try:
+                self._guard.check()
+            except FencedError as error:
+                if not self._ended.wait(SUPERSEDED_S):
+                    print(error, flush=True)  # noqa: T201 - this worker's log
+                    os._exit(1)
+            except OSError:
+                continue  # a folder that cannot be read says nothing
 
 
 class StoredPlace:
@@ -123,7 +156,7 @@ class StoredPlace:
         self._run = stored.run()
         self._quick = stored.run(quick=True)
         self._rank = rank
-        self._shared = working_folder(stored.uri)
+        self._shared = self.disk = working_folder(stored.uri)
         try:
             root, self._lock = own_folder(self._shared / "workers")
             self.folder = RunFolder(root)

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Sections that change what a run says or survives, or on how many workers it goes on, but not what it computes.
-FREE_TO_CHANGE = ("telemetry", "failures", "checkpoint", "scale", "storage", "fleet")
+FREE_TO_CHANGE = ("telemetry", "failures", "health", "checkpoint", "scale", "storage", "fleet")
 PATIENCE_S = 10.0
 
 

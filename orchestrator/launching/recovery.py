@@ -14,7 +14,7 @@ from orchestrator.config import FailureConfig
 
 __all__ = ["Answer", "Trouble", "answer"]
 
-Cause = Literal["user", "request", "run", "memory", "worker_lost", "preempted", "storage", "hang"]
+Cause = Literal["user", "request", "run", "memory", "worker_lost", "preempted", "storage", "hang", "slow"]
 
 SUSPECT_AFTER = 2
 """So many failures in a row that began on one node are the node's."""
@@ -60,7 +60,9 @@ def answer(
         return Answer("stop", HOPELESS[last.cause])
     if last.cause == "memory":
         return _about_memory(micro_batch)
-    row = _without_progress(troubles)
+    if last.cause == "slow" and last.node is not None and last.node in avoidable:
+        return Answer("change", f"node {last.node} is far behind the others", avoid=(last.node,))
+    row = [trouble for trouble in _without_progress(troubles) if (trouble.cause == "slow") == (last.cause == "slow")]
     budget, field = _budget(last, config)
     spent = sum(1 for trouble in row if _budget(trouble, config)[1] == field)
     if spent > budget:
@@ -105,4 +107,5 @@ def _told(trouble: Trouble) -> str:
         "preempted": "nodes were taken away",
         "storage": "the store failed",
         "hang": "no step was taken",
+        "slow": "a node was far behind the others",
     }.get(trouble.cause, trouble.cause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, ScaleConfig
 from orchestrator.errors import StorageError
 from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
 from orchestrator.launching.recovery import Cause, Trouble, answer
+from orchestrator.launching.spared import SparingTrainer
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan
 from orchestrator.storage.filesystem import storage_filesystem
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "Recovery", "make_probe_trainer", "make_trainer", "spare_nodes"]
 
 
-def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
+def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
     return _trainer(
         work,
@@ -51,7 +52,7 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> TorchTrainer:
     )
 
 
-def make_probe_trainer(probe: ProbeOrder) -> TorchTrainer:
+def make_probe_trainer(probe: ProbeOrder) -> SparingTrainer:
     """A ``TorchTrainer`` that probes on the planned workers, and is not started again when they end."""
     from orchestrator.launching.probing import work as work_probe  # which imports this module
 
@@ -71,11 +72,12 @@ def _trainer(
     name: str,
     budgets: dict[str, Any],
     callbacks: Sequence[Any] = (),
-) -> TorchTrainer:
+) -> SparingTrainer:
     on_gpu = plan.device == "cuda"
     resources = {"CPU": order.job.config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
-    return TorchTrainer(
+    return SparingTrainer(
         function,
+        lasting=order.lasting,
         train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -97,7 +99,7 @@ def _trainer(
 class Fit:
     """``TorchTrainer.fit`` in a thread, so that the main thread hears signals and shows progress."""
 
-    def __init__(self, trainer: TorchTrainer) -> None:
+    def __init__(self, trainer: SparingTrainer) -> None:
         self.error: BaseException | None = None
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
@@ -153,7 +155,7 @@ class Recovery(UserCallback):
             [*earlier, trouble],
             self._config.failures,
             micro_batch=self._micro_batch(),
-            avoidable=spare_nodes(self._plan.layout.workers, self._config.scale.cpus_per_worker, self._order.avoid),
+            avoidable=spare_nodes(self._plan, self._config.scale, self._order.avoid),
         )
         record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
         with JsonLines(self._folder.failure_log) as log:
@@ -188,6 +190,8 @@ class Recovery(UserCallback):
         ranks = [causes[0].rank] if causes else list(lost)
         nodes = self._nodes()
         places = {nodes[rank] for rank in ranks if rank < len(nodes)}
+        if causes and causes[0].node:
+            places = {causes[0].node}
         return Trouble(cause, self._newest_step(), places.pop() if len(places) == 1 else None)
 
     def _newest_step(self) -> int:
@@ -224,15 +228,21 @@ class Recovery(UserCallback):
                 run.publish(self._folder.root, [self._folder.failure_log.name])
 
 
-def spare_nodes(workers: int, cpus_per_worker: float, avoided: Sequence[str] = ()) -> frozenset[str]:
-    """The nodes without any one of which the others still have the CPUs for all workers."""
-    cpus = {
-        node["NodeID"]: node["Resources"].get("CPU", 0.0)
+def spare_nodes(plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = ()) -> frozenset[str]:
+    """The nodes without any one of which the others still have room for all workers, or the least of a range."""
+    needed = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
+    room = {
+        node["NodeID"]: _room(node["Resources"], scale.cpus_per_worker, on_gpu=plan.device == "cuda")
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in avoided
     }
-    needed = workers * cpus_per_worker
-    return frozenset(node for node, own in cpus.items() if sum(cpus.values()) - own >= needed)
+    return frozenset(node for node, own in room.items() if sum(room.values()) - own >= needed)
+
+
+def _room(resources: Mapping[str, float], cpus_per_worker: float, *, on_gpu: bool) -> int:
+    """For how many workers a node was built."""
+    by_cpu = int(resources.get("CPU", 0.0) / cpus_per_worker + 1e-9)
+    return min(by_cpu, int(resources.get("GPU", 0.0))) if on_gpu else by_cpu
 
 
 def _death(error: Exception) -> RayActorError | None:

@@ -67,8 +67,8 @@ class Order:
     """Why the fleet gives it these."""
     cause: str = ""
     """What ended the attempt before, where its driver knows better than the records."""
-    drains: bool = False
-    """Whether nodes may be taken away after notice: not those of an embedded cluster."""
+    lasting: bool = False
+    """Whether the cluster outlives the run, and nodes may be taken away after notice: not so where it is embedded."""
 
 
 def work(order: dict[str, Order]) -> None:
@@ -145,7 +145,6 @@ class _Worker:
 
     def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
         from orchestrator.training.data import open_dataset
-        from orchestrator.training.engine import Engine
         from orchestrator.training.loop import NoNotice, Training
         from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
@@ -200,7 +199,7 @@ class _Worker:
             config=config,
             plan=plan,
             task=task,
-            engine=Engine(task, config, plan, device=device),
+            engine=self._engine(config, plan, device, nodes),
             train_set=train_set,
             evaluation_set=evaluation_set,
             checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
@@ -217,9 +216,29 @@ class _Worker:
             times=StepTimes() if measured is None else measured.step_times(),
             stop_requested=self._place.stop_requested,
             watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
-            notice=DrainNotice() if self._order.drains else NoNotice(),
+            notice=DrainNotice() if self._order.lasting else NoNotice(),
             **_past(self._folder),
         )
+
+    def _engine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> Any:
+        """Find out how well all ranks are, before the engine takes the device; leave a slow node where asked to.
+
+        Raises:
+            UnhealthyNodeError: on the rank whose node is to be left; the others wait until they are ended.
+        """
+        from orchestrator.training.engine import Engine
+        from orchestrator.training.health import examine, leave_slow_node
+
+        found = examine(device, self._place.disk, config.health, nodes=nodes)
+        self._recorder.health(self._rank, found)
+        if config.health.exclude:
+            leave_slow_node(found, functools.partial(self._spare, plan), self._recorder.event)
+        return Engine(self._order.job.task, config, plan, device=device)
+
+    def _spare(self, plan: Plan) -> frozenset[str]:
+        from orchestrator.launching.trainer import spare_nodes  # which imports this module
+
+        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.

@@ -66,6 +66,11 @@ class RunFolder:
         return self.root / "attempts.jsonl"
 
     @property
+    def health(self) -> Path:
+        """One object per start of a worker group: what its ranks found out about themselves before the first step."""
+        return self.root / "health.jsonl"
+
+    @property
     def failure_log(self) -> Path:
         """One object per attempt that failed: why, where, and what was done about it."""
         return self.root / "failures.jsonl"

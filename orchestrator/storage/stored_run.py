@@ -16,10 +16,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from orchestrator.config import StorageConfig
 from orchestrator.errors import CheckpointError, ConfigError, NotFoundError, StorageError
@@ -83,10 +83,19 @@ class StoredRun:
         """The manifest of a checkpoint, as it was written."""
         return self.store.read(f"{CHECKPOINTS}{name}/{MANIFEST}")
 
-    def download(self, name: str, folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    def download(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        needs: Callable[[Mapping[str, Any], str], bool] = lambda manifest, file: True,  # noqa: ARG005 - all of it
+    ) -> None:
         """Bring a checkpoint, or every ``parts``-th file of it, to ``folder``; what is there already stays.
 
-        What is missing in the store, or is not what it should be, is left for ``verify`` to find.
+        ``needs`` is asked with the manifest and a file's name whether that is wanted at all. What is missing in the
+        store, or is not what it should be, is left for ``verify`` to find.
 
         Raises:
             CheckpointError: the manifest cannot be read.
@@ -94,6 +103,8 @@ class StoredRun:
         """
         manifest = self.read(f"{CHECKPOINTS}{name}/{MANIFEST}") or b""
         files = files_of(manifest)
+        said = json.loads(manifest)
+        wanted = [file for file in files if needs(said, file.path)]
 
         def download(file: TreeFile) -> None:
             path = folder / file.path
@@ -102,7 +113,7 @@ class StoredRun:
                     self.store.download(f"{CHECKPOINTS}{name}/{file.path}", path)
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download") as pool:
-            list(pool.map(download, files[part::parts]))
+            list(pool.map(download, wanted[part::parts]))
         if part == 0:
             _remove_unknown(folder, files)
             (folder / MANIFEST).write_bytes(manifest)

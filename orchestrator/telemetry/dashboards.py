@@ -629,6 +629,41 @@ WORKER = Dashboard(
                 ),
             ),
         ),
+        Row(
+            "What they found out before the first step",
+            (
+                Panel(
+                    "Matrix products",
+                    "Rate of each rank's device before the attempt's first step; a rank far below the others is slow.",
+                    {"rank {{rank}}": f"orchestrator_rank_matmul_flops_per_second{{{RANK}}}"},
+                    "flops",
+                    low=0,
+                ),
+                Panel(
+                    "Links",
+                    "Exchange with the better of two neighbours, and the all-reduce of all.",
+                    {
+                        "rank {{rank}} link": f"orchestrator_rank_link_bytes_per_second{{{RANK}}}",
+                        "rank {{rank}} all-reduce": f"orchestrator_rank_all_reduce_bytes_per_second{{{RANK}}}",
+                    },
+                    "Bps",
+                    low=0,
+                ),
+                Panel(
+                    "Clocks",
+                    "How far each rank's clock is ahead of the median rank's.",
+                    {"rank {{rank}}": f"orchestrator_rank_clock_offset_seconds{{{RANK}}}"},
+                    "s",
+                ),
+                Panel(
+                    "Free disk",
+                    "Where checkpoints go on the rank's host.",
+                    {"rank {{rank}}": f"orchestrator_rank_disk_free_bytes{{{RANK}}}"},
+                    "bytes",
+                    low=0,
+                ),
+            ),
+        ),
     ),
     variables=("run", "rank"),
 )

@@ -21,6 +21,7 @@ __all__ = [
     "observe_account",
     "observe_blocked",
     "observe_checkpoint_failure",
+    "observe_health",
     "observe_memory",
     "observe_parts",
     "observe_place",
@@ -175,6 +176,15 @@ def observe_place(meter: Meter, host: str, device: str) -> None:
     """Where a rank runs."""
     meter.set("orchestrator_rank_info", 1.0, host, device)
     meter.count("orchestrator_pushes_failed_total", 0.0)
+
+
+def observe_health(meter: Meter, figures: Mapping[str, Any]) -> None:
+    """What a rank measured of itself before its first step; a rate that was not measured is left out."""
+    for name in ("matmul_flops_per_s", "link_bytes_per_s", "all_reduce_bytes_per_s"):
+        if (value := figures[name]) is not None:
+            meter.set(f"orchestrator_rank_{name}econd", value)
+    meter.set("orchestrator_rank_clock_offset_seconds", figures["clock_offset_s"])
+    meter.set("orchestrator_rank_disk_free_bytes", figures["disk_free_bytes"])
 
 
 def observe_memory(meter: Meter, *, used: int, reserved: int, peak: int, limit: int) -> None:

@@ -12,9 +12,10 @@ import hashlib
 import json
 import pickle
 import random
+import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ __all__ = [
     "Checkpoints",
     "list_checkpoints",
     "load_into",
+    "needed_by",
     "raise_together",
     "rank_files",
     "read_manifest",
@@ -51,6 +53,8 @@ Name = TypeVar("Name", str, Path)
 
 FORMAT = 3
 DRAFT = ".draft-"
+OWN_FILE = re.compile(r"(?:rank-|.*zero_pp_rank_)(\d+)[._].*")
+"""A file of one rank alone, as we and DeepSpeed 0.19.8 name it; all others are for every rank."""
 # What DeepSpeed 0.19.8's own files name beyond tensors, seen in stages 0 to 3 with every precision and optimizer:
 # an enum of stages, a dataclass of two offsets, and two loss scalers that hold a few numbers. Making one runs no
 # code but its own. Any other global is refused, for DeepSpeed unpickles its files without restraint.
@@ -233,8 +237,25 @@ def superseded(existing: Sequence[Name], keep: int, state_of: Callable[[Name], M
     return older
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+def needed_by(ranks: Collection[int], layout_key: Mapping[str, Any], manifest: Mapping[str, Any], name: str) -> bool:
+    """Whether any of ``ranks`` loads the file ``name`` of a checkpoint with that ``manifest``.
+
+    At the layout that it was saved at, each rank loads its own files and those of all; at another one, everything.
+    """
+    owner = OWN_FILE.fullmatch(name)
+    return owner is None or int(owner[1]) in ranks or manifest.get("layout_key") != layout_key
+
+
+def verify(
+    checkpoint: Path,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    needs: Callable[[Mapping[str, Any], str], bool] = lambda manifest, file: True,  # noqa: ARG005 - all of it
+) -> dict[str, Any]:
     """Check files against the manifest and return it; ``part`` of ``parts`` checks every ``parts``-th file.
+
+    ``needs`` is asked with the manifest and a file's name whether that will be loaded at all.
 
     Raises:
         CheckpointError: a file is missing, unknown, has other bytes, or is not a plain pickle of tensors.
@@ -247,7 +268,7 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]
     for path in sorted(checkpoint.rglob("*.pt")):
         if (name := path.relative_to(checkpoint).as_posix()) not in files:
             raise CheckpointError(f"checkpoint {checkpoint}: {name} is not in its manifest: move it elsewhere")
-    mine = sorted(files.items())[part::parts]
+    mine = [(name, entry) for name, entry in sorted(files.items()) if needs(manifest, name)][part::parts]
     _refuse_other_bytes(checkpoint, mine)
     for name, _ in mine:
         if name.endswith(".pt"):

@@ -20,6 +20,7 @@ from orchestrator.telemetry.meter import Meter
 from orchestrator.telemetry.observing import RunFacts, RunObserver
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import JsonLines, read, truncate_after
+from orchestrator.training.health import Health
 from orchestrator.training.state import StepStats, TrainState
 
 __all__ = ["Recorder"]
@@ -195,6 +196,17 @@ class Recorder:
         self.event("checkpoint_trouble", text)
         if self._writes and self._publisher is not None:
             self._publisher.note(observing.observe_checkpoint_failure, of_storage=True)
+
+    def health(self, rank: int, found: Health) -> None:
+        """Record what the ranks found out about themselves, and tell of what is not as it should be."""
+        if self._publisher is not None:
+            self._publisher.note(observing.observe_health, asdict(found.ranks[rank]))
+        if self._writes:
+            with JsonLines(self._folder.health) as lines:
+                lines.append({"attempt": self._attempt, "time": time.time(), **found.to_dict()})
+            for kind in dict.fromkeys(finding.kind for finding in found.findings):
+                texts = [finding.text for finding in found.findings if finding.kind == kind]
+                self.event(f"health_{kind}", "; ".join(texts))
 
     def event(self, kind: str, text: str) -> None:
         """Record something that a person should hear of."""

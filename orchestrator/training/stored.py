@@ -35,6 +35,7 @@ from orchestrator.storage.stored_run import CHECKPOINTS, MANIFEST, PARTS, Stored
 from orchestrator.storage.tree import upload_tree
 from orchestrator.training.checkpoint import (
     load_into,
+    needed_by,
     raise_together,
     rank_files,
     read_manifest,
@@ -139,19 +140,20 @@ class StoredCheckpoints:
         return None
 
     def _fetch(self, name: str) -> Path:
-        """Bring the checkpoint to this machine and verify it there, each of the machine's ranks a part."""
+        """Bring what this machine's ranks need of the checkpoint here and verify that, each of them a part."""
         folder = self._root / name
         folder.mkdir(parents=True, exist_ok=True)
         here = self._ranks_here(folder)
         part, parts = here.index(dist.get_rank()), len(here)
+        needs = functools.partial(needed_by, frozenset(here), self._layout_key)
         error = ""
         try:
-            self._run.download(name, folder, part=part, parts=parts)
+            self._run.download(name, folder, part=part, parts=parts, needs=needs)
         except CheckpointError as found:
             error = f"checkpoint {self._run.uri}/{CHECKPOINTS}{name}: {found}"
         raise_together(error)
         try:
-            verify(folder, part=part, parts=parts)
+            verify(folder, part=part, parts=parts, needs=needs)
         except CheckpointError as found:
             error = str(found).replace(str(folder), f"{self._run.uri}/{CHECKPOINTS}{name}")
         raise_together(error)

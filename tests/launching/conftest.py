@@ -23,15 +23,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, as the first run writes them."""
+    from jobs.vision import write_digits
+
+    folder = tmp_path_factory.mktemp("data")
+    write_digits(str(folder / "digits"))
+    return folder
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def command(data: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start ``orchestrator run JOB ... --json`` in a folder of the test's own; whatever is left is killed.
 
     At a fixed batch, unless an option names the policy: what is compared bit for bit must not depend on step times.
     """
     started: list[subprocess.Popen[str]] = []
+    (tmp_path / "data").symlink_to(data)
 
-    def start(job: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
+    def start(job: str, *options: str) -> subprocess.Popen[str]:
         policy = () if any("policy." in option for option in options) else FIXED
         words = [sys.executable, "-m", "orchestrator", "run", job, "--json", *options, *policy]
         process = subprocess.Popen(

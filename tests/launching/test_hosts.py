@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment
+from commands import REPOSITORY, TIMEOUT_S, Ended, environment, losses, records
 
 import kube
 from orchestrator.telemetry.records import read
@@ -94,6 +94,22 @@ class Hosts:
         process = self.start(sys.executable, "-m", "orchestrator", *words, token=token)
         out, err = process.communicate(timeout=TIMEOUT_S)
         return Ended(process.returncode, out, err)
+
+    def ray_job(self, verb: str, *words: str) -> int:
+        """Ray's own command line; returns its exit code."""
+        process = self.start(sys.executable, "-m", "ray.scripts.scripts", "job", verb, "--address", ADDRESS, *words)
+        process.communicate(timeout=TIMEOUT_S)
+        return process.returncode
+
+    def workers_on(self, host: str) -> list[int]:
+        """The processes that train on ``host``, by the names that Ray gives them."""
+        listed = subprocess.run(["ip", "netns", "pids", f"rh{host}"], capture_output=True, text=True, check=True)
+        found = []
+        for pid in listed.stdout.split():
+            with contextlib.suppress(OSError):  # it has ended
+                if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return found
 
     def run(self, name: str) -> Path:
         return self.folder / "orchestrator" / "runs" / name
@@ -183,6 +199,62 @@ def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
     manifest = json.loads((Path(summary["checkpoint"]) / "manifest.json").read_text())
     assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}")
     assert {f"rank-{rank:05d}.pt" for rank in (0, 1)} <= set(json.dumps(manifest).split('"'))
+
+
+def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts: Hosts, undisturbed: Ended) -> None:
+    """One worker on each host: those who are left wait for the other in a collective, and nobody says that it is gone.
+
+    The driver is on the head. Ray ends what it had given up once it hears of it; its host then starts Ray again.
+    """
+    words = (*RUN, "--set", "name=cut", "--set", "scale.cpus_per_worker=1.5", "--set", "checkpoint.interval_steps=10")
+    followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
+    wait_until(lambda: hosts.step("cut") > 20, followed)
+    hosts("cut", "w1")
+    time.sleep(30.0)
+    hosts("heal", "w1")
+    wait_until(lambda: not hosts.workers_on("w1"), followed)
+    hosts("start", "w1", CPUS="2", **HEAD_MAY_GO)
+    out, err = followed.communicate(timeout=TIMEOUT_S)
+    assert followed.returncode == 0, out + err
+    assert [record["cause"] for record in failures(hosts, "cut")] == ["worker_lost"]
+    assert [len(set(start["nodes"])) for start in starts(hosts, "cut")] == [2, 2]
+    assert starts(hosts, "cut")[1]["step"] >= 20
+    assert losses(hosts.run("cut")) == losses(Path(undisturbed.summary["folder"]))
+
+
+def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: Ended) -> None:
+    """Something else fills the other host at first, or Ray would place workers there after the first failure."""
+    fill = ["submit", "--no-wait", "--submission-id=filler", "--entrypoint-num-cpus=2", "--", "sleep", "1000"]
+    assert hosts.ray_job(*fill) == 0
+    fields = ("name=left", "checkpoint.interval_s=1000")
+    words = (*RUN, *(word for field in fields for word in ("--set", field)))
+    followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
+    for attempt in (1, 2):
+        wait_until(lambda n=attempt: newest_attempt(hosts, "left") == n, followed)  # type: ignore[misc]
+        os.kill(next(worker for host in ("w1", "w2") for worker in hosts.workers_on(host)), 9)
+        wait_until(lambda n=attempt: len(failures(hosts, "left")) == n, followed)  # type: ignore[misc]
+    assert hosts.ray_job("stop", "filler") == 0
+    out, err = followed.communicate(timeout=TIMEOUT_S)
+    assert followed.returncode == 0, out + err
+    first, again = failures(hosts, "left")
+    assert (first["node"], first["action"], again["action"]) == (again["node"], "restart", "change")
+    assert again["reason"] == f"2 failures in a row began on node {first['node']}"
+    assert f"starting the workers anew, without node {first['node']}" in out + err
+    assert first["node"] not in starts(hosts, "left")[-1]["nodes"]
+    assert losses(hosts.run("left")) == losses(Path(undisturbed.summary["folder"]))
+
+
+def failures(hosts: Hosts, name: str) -> list[dict[str, Any]]:
+    return records(hosts.run(name), "failures.jsonl")
+
+
+def starts(hosts: Hosts, name: str) -> list[dict[str, Any]]:
+    return [record for record in records(hosts.run(name), "attempts.jsonl") if record["event"] == "started"]
+
+
+def newest_attempt(hosts: Hosts, name: str) -> int:
+    """The attempt of the last step that the run has recorded."""
+    return max((int(record["attempt"]) for record in records(hosts.run(name))), default=0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
@@ -10,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config import FailureConfig
+from orchestrator.errors import UnhealthyNodeError
+from orchestrator.launching.failures import Failure, describe, to_error
 from orchestrator.launching.recovery import Answer, Cause, Trouble, answer
 
 CONFIG = FailureConfig(max_restarts=3, max_preemptions=5)
@@ -92,3 +96,19 @@ def test_a_node_that_fails_again_is_avoided() -> None:
     assert ask(lost(5, "a"), lost(5, "a"), avoidable=["b"]).action == "restart", "there is no room elsewhere"
     preempted = Trouble("preempted", 5, "a")
     assert ask(preempted, preempted).action == "restart", "to be taken away is no fault"
+
+
+def test_a_slow_node_is_left_where_there_is_room() -> None:
+    slow = Trouble("slow", 5, "a")
+    assert ask(slow) == Answer("change", "node a is far behind the others", avoid=("a",))
+    assert ask(*[lost(5)] * 3, slow).action == "change", "whatever else was lost"
+    assert ask(*[slow] * 4, lost(5)).action == "restart", "and it costs nothing of what else may be lost"
+    assert [ask(*[slow] * count, avoidable=["b"]).action for count in range(1, 5)] == ["restart"] * 3 + ["stop"]
+
+
+def test_a_slow_rank_names_its_node() -> None:
+    error = UnhealthyNodeError("rank 3 is far behind the others", "a")
+    failure = describe(error, rank=3, step=1)
+    assert (failure.kind, failure.node, failure.is_collateral) == ("slow", "a", False)
+    assert Failure(**json.loads(json.dumps(asdict(failure)))) == failure
+    assert (type(to_error(failure)), str(to_error(failure))) == (UnhealthyNodeError, str(error))

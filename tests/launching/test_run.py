@@ -29,6 +29,7 @@ from commands import (
 
 pytestmark = pytest.mark.ray
 
+MLP = "jobs.vision:mlp"
 RAY = Path(sys.executable).with_name("ray")
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., Ended]
@@ -98,38 +99,36 @@ def test_finished_run_says_so_at_once(undisturbed: Ended) -> None:
     assert json.loads(again.stdout) == undisturbed.summary
 
 
-def test_killed_worker_is_replaced_and_nothing_changes(undisturbed: Ended, command: Start, tmp_path: Path) -> None:
-    process = command(DIGITS, "--set", "checkpoint.interval_steps=40")
-    folder = tmp_path / "runs" / "digits"
-    wait_for_step(folder, 100, process)
-    workers_of(process)[-1].send_signal(signal.SIGKILL)
-    out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, err
-    assert "workers were lost and replaced; going on from step" in err
-    assert "raylet" not in err
-    starts = [r for r in records(folder, "attempts.jsonl") if r["event"] == "started"]
-    assert len(starts) == 2
-    assert starts[1]["step"] >= 80
-    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
-    assert json.loads(out)["metrics"] == undisturbed.summary["metrics"]
-
-
-def test_killed_driver_leaves_nothing_and_its_run_goes_on(
+def test_killed_worker_is_replaced_and_a_killed_driver_leaves_nothing_and_nothing_changes(
     undisturbed: Ended, command: Start, run: Run, tmp_path: Path
 ) -> None:
     options = ("--set", "checkpoint.interval_steps=40")
     process = command(DIGITS, *options)
     folder = tmp_path / "runs" / "digits"
-    wait_for_step(folder, 100, process)
+    wait_for_step(folder, 60, process)
+    workers_of(process)[-1].send_signal(signal.SIGKILL)
+    wait_for_step(folder, 130, process)
+    starts = [r for r in records(folder, "attempts.jsonl") if r["event"] == "started"]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 40
+
     family = psutil.Process(process.pid).children(recursive=True)
-    assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in family)
-    agents = [child for child in family if "Agent" in " ".join(child.cmdline())]
+    words = {child.pid: " ".join(child.cmdline()) for child in family}
+    for wanted in ("RayTrainWorker", "TrainController", "HubActor"):
+        assert any(wanted in line for line in words.values())
+    for spared in ("PlacementGroupCleaner", "PreemptionWatcher", "DatasetManager", "AutoscalingCoordinator"):
+        assert not any(spared in line for line in words.values()), "what an embedded cluster has no use for"
+    agents = [child for child in family if "Agent" in words[child.pid]]
     process.kill()
+    _, err = process.communicate()
+    assert "workers were lost and replaced; going on from step" in err
+    assert "raylet" not in err
     _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=15)
     assert not alive, "whatever could write to the run ends by itself within seconds"
     _, alive = psutil.wait_procs(agents, timeout=60)
     alive = [agent for agent in alive if agent.status() != psutil.STATUS_ZOMBIE]  # dead; a container's init reaps none
     assert not alive, "Ray's idle agents take a little longer to notice"
+
     done = run(DIGITS, *options)
     assert done.code == 0, done.err
     assert "going on from checkpoint step-" in done.err
@@ -138,66 +137,49 @@ def test_killed_driver_leaves_nothing_and_its_run_goes_on(
     assert done.summary["metrics"] == undisturbed.summary["metrics"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_how_to_go_on(
-    undisturbed: Ended, command: Start, run: Run, tmp_path: Path, number: signal.Signals
-) -> None:
-    process = command(DIGITS)
-    folder = tmp_path / "runs" / "digits"
-    wait_for_step(folder, 60, process)
-    # A terminal sends Ctrl-C to the whole group, a supervisor sends TERM to the process it knows.
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
-    assert "run the same command again" in err
-    stopped = json.loads(out)
-    assert stopped["state"] == "stopped"
-    assert stopped["checkpoint"].endswith(f"step-{stopped['step']:08d}")
-    assert len(losses(folder)) == stopped["step"] < 270
-    if number == signal.SIGTERM:
-        assert run(DIGITS).code == 0
-        assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
-
-
-def test_a_run_goes_on_with_another_number_of_workers(command: Start, run: Run, tmp_path: Path) -> None:
-    """The MLP computes the same step in every layout; 2 -> 1 workers also takes the plan from ZeRO stage 1 to 0."""
-    mlp, short = "jobs.vision:mlp", ("--arg", "epochs=6")
-    whole = run(mlp, *short, "--set", "name=whole")
-    assert whole.code == 0, whole.err
-    process = command(mlp, *short)
-    folder = tmp_path / "runs" / "digits-mlp"
-    wait_for_step(folder, 40, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=TIMEOUT_S)
-    stopped = len(losses(folder))
-    done = run(mlp, *short, "--set", "scale.workers=1")
-    assert done.code == 0, done.err
-    assert f"step {stopped}: refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in done.err
-    assert losses(folder) == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-4)
-    assert {record["workers"] for record in records(folder)[stopped:]} == {1}
-
-
-def test_corrupt_checkpoint_is_set_aside_and_the_one_before_used(
+def test_signals_save_and_say_how_to_go_on_and_a_corrupt_checkpoint_is_set_aside(
     undisturbed: Ended, command: Start, run: Run, tmp_path: Path
 ) -> None:
-    process = command(DIGITS, "--set", "checkpoint.interval_steps=40", "--set", "checkpoint.keep=3")
+    """Stopped by Ctrl-C, gone on; stopped by TERM, and what that saved is damaged, gone on from the one before."""
+    options = ("--set", "checkpoint.interval_steps=40", "--set", "checkpoint.keep=3")
     folder = tmp_path / "runs" / "digits"
-    wait_for_step(folder, 90, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=TIMEOUT_S)
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    process = command(DIGITS, *options)
+    wait_for_step(folder, 50, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    interrupted = stopped(process, folder)
+
+    process = command(DIGITS, *options)
+    wait_for_step(folder, interrupted + 50, process)
+    process.send_signal(signal.SIGTERM)  # a supervisor sends it to the process it knows
+    terminated = stopped(process, folder)
+    *_, before, newest = sorted((folder / "checkpoints").glob("step-*"))
+    assert newest.name == f"step-{terminated:08d}"
     shard = next(newest.rglob("zero_pp_rank_1*.pt"))
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
 
-    done = run(DIGITS)
+    done = run(DIGITS, *options)
     assert done.code == 0, done.err
     assert f"{newest} is corrupt: state/{shard.name} has other bytes" in done.err
     assert f"set aside as set-aside-{newest.name}" in done.err
-    assert "going on from checkpoint step-00000080" in done.err
+    assert f"going on from checkpoint {before.name}" in done.err
     assert (folder / "checkpoints" / f"set-aside-{newest.name}").is_dir()
+    starts = [record["step"] for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
+    assert starts == [0, interrupted, int(before.name[5:])]
     assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
+
+
+def stopped(process: subprocess.Popen[str], folder: Path) -> int:
+    """The step at which a run that has got a signal says it has stopped."""
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, err
+    assert "run the same command again" in err
+    said = json.loads(out)
+    assert said["state"] == "stopped"
+    assert said["checkpoint"].endswith(f"step-{said['step']:08d}")
+    assert len(losses(folder)) == said["step"] < 270
+    return int(said["step"])
 
 
 def test_a_probe_survives_a_rank_that_runs_out_of_memory_and_the_plan_goes_by_it(run: Run, tmp_path: Path) -> None:
@@ -266,15 +248,27 @@ def test_bf16_in_stage_3_is_within_a_point_of_fp32(undisturbed: Ended, run: Run)
     assert ended.summary["metrics"]["accuracy"] >= undisturbed.summary["metrics"]["accuracy"] - 0.01
 
 
-def test_existing_cluster_is_used_and_left_alone(run: Run, head: Head) -> None:
-    address = f"127.0.0.1:{head.port}"
-    ended = run("jobs.vision:mlp", "--address", address)
-    assert ended.code == 0, ended.err
-    assert ended.summary["metrics"]["accuracy"] >= 0.9
-    too_many = run("jobs.vision:mlp", "--fresh", "--address", address, "--set", "scale.workers=9")
+def test_existing_cluster_is_used_and_left_alone(whole: Ended, run: Run, head: Head) -> None:
+    assert whole.summary["metrics"]["accuracy"] >= 0.9
+    too_many = run(MLP, "--address", head.address, "--set", "scale.workers=9")
     assert too_many.code == 2
     assert "scale.workers=9" in too_many.err
     assert head.process.poll() is None
+
+
+def test_a_run_goes_on_with_another_number_of_workers(whole: Ended, command: Start, run: Run, tmp_path: Path) -> None:
+    """The MLP computes the same step in every layout; 2 -> 1 workers also takes the plan from ZeRO stage 1 to 0."""
+    process = command(MLP)
+    folder = tmp_path / "runs" / "digits-mlp"
+    wait_for_step(folder, 40, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT_S)
+    stopped = len(losses(folder))
+    done = run(MLP, "--set", "scale.workers=1")
+    assert done.code == 0, done.err
+    assert f"step {stopped}: refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in done.err
+    assert losses(folder) == pytest.approx(losses(Path(whole.summary["folder"])), rel=1e-4)
+    assert {record["workers"] for record in records(folder)[stopped:]} == {1}
 
 
 @dataclass(frozen=True)
@@ -282,7 +276,19 @@ class Head:
     """A Ray cluster of one machine that is there before the run and stays after it."""
 
     process: subprocess.Popen[bytes]
-    port: int
+    address: str
+
+
+@pytest.fixture(scope="module")
+def whole(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The MLP at a fixed batch, left alone, on a cluster that exists."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = [sys.executable, "-m", "orchestrator", "run", MLP, "--json", *FIXED, "--address", head.address]
+    done = subprocess.run(
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +303,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         try:
             wait_for_port(port)
             time.sleep(3)  # the raylet joins after the port answers
-            yield Head(process, port)
+            yield Head(process, f"127.0.0.1:{port}")
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
             for member in [process, *family]:  # asked politely, a head takes over half a minute

@@ -18,7 +18,7 @@ from gloo_jobs import Ended, Noisy, Rows, Slow, Toy, dropped_blocks, mlp, new_ru
 from orchestrator.config import AdamW, CheckpointConfig, FailureConfig, RunConfig, Stop, StorageConfig
 from orchestrator.launching.places import Stored
 from orchestrator.storage.claim import Claim
-from orchestrator.storage.stored_run import StoredRun
+from orchestrator.storage.stored_run import StoredRun, files_of
 from orchestrator.telemetry.records import read
 from s3_server import BUCKET, Weed
 
@@ -49,7 +49,7 @@ class Place:
         return Stored(self.run.uri, self.storage, self._claim.number)
 
     def machine(self, name: str = "a") -> Mapping[str, str]:
-        """Variables of the environment of the workers on a machine."""
+        """Variables of the environment of the workers on a machine; with ``{rank}`` in its name each has its own."""
         return {"ORCHESTRATOR_CACHE": str(self._disks / name)} | {
             key: value for key, value in os.environ.items() if key.startswith("AWS_")
         }
@@ -114,6 +114,34 @@ def test_what_is_on_this_machines_disk_is_not_downloaded_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_machine_downloads_only_what_its_ranks_need(
+    two: GlooGroup, one: GlooGroup, place: Place, tmp_path: Path, stage: int
+) -> None:
+    config = config_of(stage)
+    no_error(two.run(stored_loop, config, Toy(mlp), place.order(), place.machine("a"), 5))
+    (name,) = place.run.checkpoints()
+    sizes = {entry.path: entry.size_bytes for entry in files_of(place.run.manifest(name))}
+    no_error(two.run(stored_loop, config, Toy(mlp), place.order(), place.machine("b-{rank}")))
+    for rank in (0, 1):
+        there = downloaded(tmp_path / "disks" / f"b-{rank}", name)
+        others = {f"rank-{1 - rank:05d}.pt"} | {path for path in sizes if f"zero_pp_rank_{1 - rank}_" in path}
+        assert len(others) == (3 if stage == 3 else 2)
+        assert there == {path: size for path, size in sizes.items() if path not in others}
+    newest = place.run.checkpoints()[-1]
+    no_error(one.run(stored_loop, alone(config_of(stage, 12)), Toy(mlp), place.order(), place.machine("c")))
+    whole = {entry.path: entry.size_bytes for entry in files_of(place.run.manifest(newest))}
+    assert downloaded(tmp_path / "disks" / "c", newest) == whole, "another number of workers needs everything"
+
+
+def downloaded(disk: Path, name: str) -> dict[str, int]:
+    """Size of every file of a checkpoint on a machine's disk."""
+    (folder,) = disk.glob(f"runs/*/checkpoints/{name}")
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {path: size for path, size in files.items() if not path.startswith(".") and path != "manifest.json"}
+
+
+@pytest.mark.slow
 def test_the_newest_and_the_best_are_kept(two: GlooGroup, place: Place) -> None:
     config = config_of(keep=2, interval_steps=2)
     place.run.store.write("checkpoints/step-00000099-0001.0001/state/orphan.pt", b"of a crash")
@@ -134,7 +162,7 @@ def test_a_corrupt_one_is_set_aside_and_the_one_before_used(
     data = bytearray(place.run.store.read(key))
     data[len(data) // 2] ^= 1
     place.run.store.write(key, bytes(data))
-    no_error(two.run(stored_loop, config_of(interval_steps=3), Toy(mlp), place.order(), place.machine("b")))
+    no_error(two.run(stored_loop, config_of(interval_steps=3), Toy(mlp), place.order(), place.machine("b-{rank}")))
     assert place.losses() == undisturbed
     (told,) = place.events()
     assert told.startswith(f"checkpoint {place.run.uri}/checkpoints/{newest} is corrupt: state/zero_pp_rank_1")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from orchestrator.planning.layout import Layout
 from orchestrator.storage.store import open_store
 from orchestrator.training.data import Batches, Stream, open_dataset
 from orchestrator.training.streaming import StreamingDataset, WindowOrder
-from s3_server import BUCKET
+from s3_server import BUCKET, Weed
 
 seeds = st.integers(0, 2**32 - 1)
-layouts = st.builds(Layout, workers=st.integers(1, 4), micro_batch=st.integers(1, 5), accumulation=st.integers(1, 3))
 orders = st.builds(
     WindowOrder,
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=20).map(tuple),
@@ -133,56 +133,90 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def place(request: pytest.FixtureRequest, files: Path) -> str:
-    """The same files in a folder and in S3."""
-    if request.param == "local":
-        return str(files)
-    request.getfixturevalue("s3")
+@pytest.fixture
+def in_s3(s3: Weed, files: Path) -> str:
+    """The same files in S3."""
     store = open_store(f"s3://{BUCKET}/{secrets.token_hex(4)}")
     for path in files.iterdir():
         store.upload(path, path.name)
     return store.uri
 
 
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, files: Path) -> str:
+    """The files in a folder and in S3."""
+    return str(files) if request.param == "local" else str(request.getfixturevalue("in_s3"))
+
+
 def decode(columns: Any) -> dict[str, Any]:
     return {"id": columns["id"], "blob": np.array([int(blob) for blob in columns["blob"]]), "pair": columns["pair"]}
 
 
-def lives(data: st.DataObject) -> Iterator[tuple[Layout, int]]:
-    """What a run goes through: a layout, and for how many steps, until all workers end and others begin."""
-    for _ in range(data.draw(st.integers(1, 4))):
-        yield data.draw(layouts), data.draw(st.integers(1, 6))
+@dataclass(frozen=True)
+class Life:
+    """From the start of a worker group to its kill: the layout of each step, and after which step it last saved."""
+
+    workers: int
+    steps: tuple[tuple[int, int], ...]
+    saved_after: int
 
 
-def seen(open_batches: Any, data: st.DataObject, seed: int) -> list[int]:
-    """The samples of all steps in the order of the stream, through every restart."""
+@st.composite
+def lives(draw: st.DrawFn) -> Life:
+    """Micro batch and accumulation stay or change from one step to the next, as a policy wants them."""
+    layouts = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=3))
+    steps = tuple(layout for layout in layouts for _ in range(draw(st.integers(1, 2))))
+    return Life(draw(st.integers(1, 4)), steps, draw(st.integers(0, len(steps))))
+
+
+def seen(open_batches: Any, lived: Sequence[Life], seed: int) -> tuple[list[int], list[int]]:
+    """The samples that count, in the order of the stream, and those of steps that were lost with a kill."""
     order: list[int] = []
-    for layout, steps in lives(data):
-        workers = [open_batches(seed, rank) for rank in range(layout.workers)]
-        for _ in range(steps):
-            at = len(order)
+    lost: list[int] = []
+    for life in lived:
+        workers, saved = [open_batches(seed, rank) for rank in range(life.workers)], len(order)
+        for number, (micro_batch, accumulation) in enumerate(life.steps, start=1):
+            layout, at = Layout(life.workers, micro_batch, accumulation), len(order)
             for worker in workers:
                 for batch in worker.at(at, layout):
                     assert batch["pair"].shape == (layout.micro_batch, 2)
                     assert batch["id"].tolist() == batch["blob"].tolist() == batch["pair"][:, 1].tolist()
                     order += batch["id"].tolist()
-    return order
+            saved = len(order) if number == life.saved_after else saved
+        lost += order[saved:]
+        del order[saved:]
+    return order, lost
 
 
-@pytest.mark.parametrize(("mode", "lanes"), [("memory", 1), ("streaming", 1), ("streaming", 2)])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data(), seeds)
+MODES = pytest.mark.parametrize(("mode", "lanes"), [("memory", 1), ("streaming", 1), ("streaming", 2)])
+
+
+@MODES
+@settings(max_examples=25)
+@given(st.lists(lives(), min_size=1, max_size=4), seeds)
 def test_every_sample_once_per_epoch_whatever_happens(
-    place: str, mode: str, lanes: int, data: st.DataObject, seed: int
+    files: Path, mode: str, lanes: int, lived: list[Life], seed: int
 ) -> None:
-    """Each life has new workers, a new number of them, another batch, and goes on at the cursor alone."""
+    """Each life has new workers, a new number of them, other batches, and goes on at the last checkpoint's cursor."""
+    check_lives(str(files), mode, lanes, lived, seed)
+
+
+@pytest.mark.s3
+@MODES
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(lives(), min_size=2, max_size=3), seeds)
+def test_the_same_from_s3(in_s3: str, mode: str, lanes: int, lived: list[Life], seed: int) -> None:
+    check_lives(in_s3, mode, lanes, lived, seed)
+
+
+def check_lives(place: str, mode: str, lanes: int, lived: Sequence[Life], seed: int) -> None:
     settings_ = config(mode=mode, window=3, lanes=lanes, ahead=1, threads=2)
 
     def open_batches(seed: int, rank: int) -> Batches:
         return Batches(open_dataset(Parquet(place, decode=decode), settings_), seed, rank, settings_.data)
 
-    order = seen(open_batches, data, seed)
+    order, lost = seen(open_batches, lived, seed)
+    assert len(order) + len(lost) == sum(life.workers * micro * times for life in lived for micro, times in life.steps)
     undisturbed = Stream.over(open_dataset(Parquet(place, decode=decode), settings_), seed)
     assert order == undisturbed.indices(0, len(order)).tolist()
     for epoch in range(len(order) // ROWS):
