@@ -245,15 +245,15 @@ def test_an_override_changes_what_it_names(overrides, expected):
         (
             "sed=3",
             (
-                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, data, evaluation, failures, health, "
-                "layout, name, planning, policy, recipe, scale, seed, storage, telemetry"
+                "unknown field 'sed'; did you mean 'seed'? valid: checkpoint, data, evaluation, failures, fleet, "
+                "health, layout, name, planning, policy, recipe, scale, seed, storage, telemetry"
             ),
         ),
         (
             "recip.batch=3",
             (
                 "unknown section 'recip'; did you mean 'recipe'? valid: checkpoint, data, evaluation, failures, "
-                "health, layout, planning, policy, recipe, scale, storage, telemetry"
+                "fleet, health, layout, planning, policy, recipe, scale, storage, telemetry"
             ),
         ),
         (

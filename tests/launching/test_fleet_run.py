@@ -116,9 +116,11 @@ def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
     assert (seen["a"]["state"], seen["a"]["devices"]) == ("paused", 0)
     assert (seen["b"]["state"], seen["b"]["queue"], seen["b"]["priority"]) == ("running", "team-b", 4)
     assert "c" not in seen
+    moved = 'orchestrator_fleet_devices{queue="team-b",run="b"}'
+    wait_until(lambda: moved in metrics(shared.said("a")))
     page = metrics(shared.said("a"))
+    assert page[moved] == seen["b"]["devices"]
     assert page['orchestrator_fleet_devices{queue="team-a",run="a"}'] == 0.0
-    assert page['orchestrator_fleet_devices{queue="team-b",run="b"}'] == seen["b"]["devices"]
     assert page["orchestrator_fleet_capacity_devices"] == 2.0
     assert page["orchestrator_fleet_moves_total"] >= 1.0
 
