@@ -405,7 +405,8 @@ def _moved(member: Member, home: Home, listener: Listener) -> float | None:
     if (why := member.move()) is None:
         return None
     home.ask_to_stop()
-    listener.note(f"the fleet: {why}; saving, to go on with that")
+    then = "to go on with that" if member.has_devices else "and giving its devices back"
+    listener.note(f"the fleet: {why}; saving, {then}")
     return time.monotonic()
 
 

@@ -221,6 +221,8 @@ class Member:
             return f"waiting in queue {queue}: {self._away or 'asking the fleet'}"
         if seat.told is not None:
             return f"waiting in queue {queue}: its {seat.told.devices} devices are being given back by others"
+        if seat.why == ("paused",):
+            return f"paused in queue {queue}, until `orchestrator queue resume {self._facts.name}`"
         place = f"{len(seat.before)} before it" if seat.before else "next in turn"
         before = f" ({', '.join(seat.before)})" if seat.before else ""
         running = f"; running: {', '.join(seat.running)}" if seat.running else ""
