@@ -83,7 +83,7 @@ class Recorder:
         record: dict[str, object] = {
             "event": "started",
             "step": state.step,
-            "workers": state.layout.workers,
+            "workers": self._plan.layout.workers,
             "reason": "",
         }
         record["startup_s"] = sum((parts or {}).values())

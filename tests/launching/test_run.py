@@ -269,6 +269,7 @@ def test_a_run_goes_on_with_another_number_of_workers(whole: Ended, command: Sta
     assert f"step {stopped}: refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in done.err
     assert losses(folder) == pytest.approx(losses(Path(whole.summary["folder"])), rel=1e-4)
     assert {record["workers"] for record in records(folder)[stopped:]} == {1}
+    assert [one["workers"] for one in records(folder, "attempts.jsonl") if one["event"] == "started"] == [2, 1]
 
 
 @dataclass(frozen=True)
