@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run in as many processes as there are CPUs, up to four; those that start Ray stand in one queue (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 UNIT := not ray and not s3 and not k8s and not gpu and not slow
 
 .DEFAULT_GOAL := help

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +18,13 @@ settings.load_profile("orchestrator")
 
 
 RAY = "ray"
-"""The group of tests that stand in one queue."""
+"""The queue of all files with tests that start Ray: two clusters at a time are too much for a small machine."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_what_cannot_run(items)
-    if config.getoption("loadgroup", default=False):
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest queue begins at once
-        for item in items:
-            if item.get_closest_marker("ray") is not None:
-                item.add_marker(pytest.mark.xdist_group(RAY))
+    if config.getoption("dist", default="no") == "loadfile":
+        items.sort(key=lambda item: not starts_ray(item.path))  # the longest queue begins at once
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -36,9 +34,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return RAY if nodeid.endswith(f"@{RAY}") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return RAY if starts_ray(config.rootpath / file) else file
 
-    return Files(config, log) if config.getoption("dist") == "loadgroup" else None
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@functools.cache
+def starts_ray(file: Path) -> bool:
+    """Whether any of its tests is marked so. By its text: who hands tests out has not collected them."""
+    return "mark.ray" in file.read_text()
 
 
 def skip_what_cannot_run(items: Iterable[pytest.Item]) -> None:
