@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ RAY = "ray"
 """The queue of all files with tests that start Ray: two clusters at a time are too much for a small machine."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_what_cannot_run(items)
-    if config.getoption("dist", default="no") == "loadfile":
+    if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not starts_ray(item.path))  # the longest queue begins at once
 
 
