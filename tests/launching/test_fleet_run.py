@@ -18,6 +18,8 @@ import psutil
 import pytest
 from commands import TIMEOUT_S, Ended, environment, losses, records
 
+from orchestrator.telemetry.metrics import TABLE
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -123,6 +125,8 @@ def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
     assert page['orchestrator_fleet_devices{queue="team-a",run="a"}'] == 0.0
     assert page["orchestrator_fleet_capacity_devices"] == 2.0
     assert page["orchestrator_fleet_moves_total"] >= 1.0
+    of_the_fleet = {name for metric in TABLE if metric.source == "fleet" for name in metric.series}
+    assert of_the_fleet <= {series.partition("{")[0] for series in page}
 
     unknown = shared.queue("pause", "nobody")
     assert unknown.code == 2
