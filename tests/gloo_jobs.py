@@ -564,6 +564,38 @@ class SlowCheckpoints(Checkpoints):
         return super().save(engine, state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Looking(Toy):
+    """Notes at each loss whether ``file`` is there."""
+
+    file: Path = Path()
+    seen: list[bool] = dataclasses.field(default_factory=list)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.seen.append(self.file.exists())
+        return super().loss(model, batch)
+
+
+class SlowRecorder(Recorder):
+    """A folder that takes its time, on rank 0, which alone writes there."""
+
+    def begin(self, state: TrainState, parts: Mapping[str, float] | None = None) -> None:
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+        super().begin(state, parts)
+
+
+def looking_loop(config: RunConfig, task: Looking, root: Path, driver: str) -> list[bool]:
+    """Train beside a slow folder; returns what the task saw there."""
+    run = _training(config, task, RunFolder(root), driver, None)
+    slow = SlowRecorder(RunFolder(root), run.checkpoints.fence, run.plan, rank=run.rank, attempt=1)
+    try:
+        train(dataclasses.replace(run, recorder=slow))
+    finally:
+        run.checkpoints.fence.release()
+    return task.seen
+
+
 class Observed(NamedTuple):
     """What one rank's telemetry said of the loop: its seconds by part, its wall time, and its last snapshot."""
 

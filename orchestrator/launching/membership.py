@@ -17,6 +17,7 @@ from orchestrator.launching.fleet import FleetClient, FleetSettings, Seat
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.step_time import StepTimes
+from orchestrator.scheduling.adaptive import batch_range
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.records import Follower
 
@@ -27,7 +28,6 @@ FIT_S = 10.0
 """Between two fits of the step-time model."""
 REFUSED_S = 20.0
 """For so long a name that is taken is asked for again: an earlier driver of this run may have just died."""
-LARGEST_GROWTH = 64
 
 
 def require_shared(config: RunConfig, address: str | None) -> None:
@@ -73,10 +73,7 @@ def _batches(config: RunConfig, plan: Plan) -> tuple[int, int]:
     policy, reference = config.policy, config.recipe.batch
     if not isinstance(policy, Goodput):
         return plan.layout.global_batch, plan.layout.global_batch
-    low = reference if policy.min_batch == "auto" else policy.min_batch
-    largest = max(reference, min(LARGEST_GROWTH * reference, plan.train_samples // 4))
-    high = largest if policy.max_batch == "auto" else policy.max_batch
-    return low, max(low, high)
+    return batch_range(policy, reference, plan.train_samples)
 
 
 def seated(job: Job, shape: ClusterShape, told: Allocation) -> tuple[Job, ClusterShape]:

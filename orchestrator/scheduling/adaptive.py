@@ -33,7 +33,7 @@ from orchestrator.scheduling.noise_scale import statistical_efficiency
 from orchestrator.scheduling.observation import Alternative, Decision, Kind, Observation
 from orchestrator.scheduling.reach import Reach
 
-__all__ = ["TIMED_STEPS", "GoodputPolicy"]
+__all__ = ["TIMED_STEPS", "GoodputPolicy", "batch_range"]
 
 TIMED_STEPS = 4
 """Steps, warm-up not counted, that make a layout's time known."""
@@ -177,11 +177,9 @@ class GoodputPolicy:
         return Decision("settle", best.layout, reason, now, best, tuple(found))
 
     def bounds(self, seen: Observation) -> tuple[int, int]:
-        """Smallest and largest global batch: the user's, or from the reference batch on to 64 times as much."""
+        """Smallest and largest global batch that it may come to now."""
         reference, settings = seen.reference_batch, self.settings
-        low = reference if settings.min_batch == "auto" else settings.min_batch
-        largest = max(reference, min(64 * reference, seen.train_samples // 4))
-        high = largest if settings.max_batch == "auto" else settings.max_batch
+        low, high = batch_range(settings, reference, seen.train_samples)
         if settings.seesaw and seen.noise_scale is not None and 0.0 < seen.schedule_factor < 1.0:
             # Where the schedule would multiply the rate by alpha, the batch grows by 1 / alpha instead, and the rule
             # for the learning rate gives back what belongs to it; only while the batch is below the noise scale.
@@ -249,6 +247,17 @@ class GoodputPolicy:
                 reason = f"micro batch {other.micro_batch} timed at the same global batch of {other.global_batch}"
                 return Decision("explore", other, reason)
         return None
+
+
+def batch_range(settings: Goodput, reference: int, train_samples: int) -> tuple[int, int]:
+    """Smallest and largest global batch: the user's, or from the reference batch on to 64 times as much.
+
+    At least four steps are left in an epoch.
+    """
+    low = reference if settings.min_batch == "auto" else settings.min_batch
+    largest = max(reference, min(64 * reference, train_samples // 4))
+    high = largest if settings.max_batch == "auto" else settings.max_batch
+    return low, max(low, high)
 
 
 def _preferred(found: list[Alternative]) -> Alternative:

@@ -174,8 +174,10 @@ def summary(result: Mapping[str, Any]) -> str:
     """The closing lines of a run, from ``summary.json``: how it ended, what it reached and where everything is."""
     rows = [(human.printable(k), human.number(v)) for k, v in (result.get("metrics") or {}).items()]
     rows.append(("training loss", human.number(result.get("loss"))))
-    taken = "none" if result.get("step") is None else f"{human.count(result['step'])}"
-    rows.append(("steps", taken if taken == "none" else f"{taken} ({human.count(result['samples'])} samples)"))
+    if (steps := result.get("step")) is None:  # it was stopped while it waited in its queue
+        rows.append(("steps", "none"))
+    else:
+        rows.append(("steps", f"{human.count(steps)} ({human.count(result['samples'])} samples)"))
     speed = human.rate(result.get("samples_per_s"), "samples")
     rows.append(("speed", f"{speed}, {human.duration(result.get('wall_s'))} in all"))
     rows += _useful(result)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gloo import GlooGroup
-from gloo_jobs import Ended, Rows, Steep, Toy, mlp, new_run, run_loop, take_steps, toy_config
+from gloo_jobs import Ended, Looking, Rows, Steep, Toy, looking_loop, mlp, new_run, run_loop, take_steps, toy_config
 from orchestrator.config import (
     SGD,
     AdamW,
@@ -295,3 +295,10 @@ def test_steps_that_were_lost_are_recorded_once(two: GlooGroup, tmp_path: Path) 
         ("started", 0),
         ("started", 4),
     ]
+
+
+def test_an_attempt_is_on_record_before_any_rank_can_fail_in_it(two: GlooGroup, tmp_path: Path) -> None:
+    root, driver = new_run(tmp_path / "run")
+    task = Looking(mlp, file=root / "attempts.jsonl")
+    for seen in two.run(looking_loop, config_of(), task, root, driver):
+        assert all(seen), "also where rank 0 is slow to write it"
