@@ -21,7 +21,7 @@ from orchestrator.scheduling.adaptive import batch_range
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.records import Follower
 
-__all__ = ["Learned", "Member", "registration", "require_shared", "seated"]
+__all__ = ["Learned", "Member", "registration", "require_shared", "seated", "why_to_move"]
 
 POLL_S = 1.0
 FIT_S = 10.0
@@ -199,12 +199,7 @@ class Member:
 
     def move(self) -> str | None:
         """Why its workers are to save and stop now; None where they stay."""
-        seat, here = self._seat, self.here
-        if self._away or seat is None or seat.refused or here is None or _same(seat.told, here):
-            return None
-        if not (seat.ready or seat.in_the_way or seat.told is None):
-            return None  # until its new devices are free it keeps those that it has
-        return "; ".join(seat.why) or "its devices are given to others"
+        return None if self._away or self._seat is None or self.here is None else why_to_move(self._seat, self.here)
 
     @property
     def has_devices(self) -> bool:
@@ -217,7 +212,7 @@ class Member:
         if seat is None or self._away:
             return f"waiting in queue {queue}: {self._away or 'asking the fleet'}"
         if seat.told is not None:
-            return f"waiting in queue {queue}: its {seat.told.devices} devices are being given back by others"
+            return f"waiting in queue {queue}: others are giving its devices back"
         if seat.why == ("paused",):
             return f"paused in queue {queue}, until `orchestrator queue resume {self._facts.name}`"
         place = f"{len(seat.before)} before it" if seat.before else "next in turn"
@@ -246,8 +241,14 @@ class Member:
             self._end.wait(POLL_S)
 
 
-def _same(told: Allocation | None, here: Allocation) -> bool:
-    return told is not None and dict(told.devices_per_node) == dict(here.devices_per_node)
+def why_to_move(seat: Seat, here: Allocation) -> str | None:
+    """Why a run is to leave the devices that it has now; None where it stays."""
+    told = seat.told
+    if seat.refused or (told is not None and dict(told.devices_per_node) == dict(here.devices_per_node)):
+        return None
+    if not (seat.ready or seat.in_the_way or told is None):
+        return None  # until its new devices are free it keeps those that it has
+    return "; ".join(seat.why) or "its devices are given to others"
 
 
 def wait_for_devices(member: Member, note: Callable[[str], None], goes_on: Callable[[], bool]) -> Allocation | None:

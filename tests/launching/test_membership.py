@@ -16,8 +16,8 @@ from orchestrator.fleet.book import Report
 from orchestrator.fleet.fair import FairPolicy
 from orchestrator.fleet.view import Allocation, JobView, Nodes
 from orchestrator.job import Job
-from orchestrator.launching.fleet import FleetSettings, Patient
-from orchestrator.launching.membership import Learned, registration, seated
+from orchestrator.launching.fleet import FleetSettings, Patient, Seat
+from orchestrator.launching.membership import Learned, registration, seated, why_to_move
 from orchestrator.launching.planner import make_job_plan
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
@@ -74,6 +74,26 @@ def test_the_book_is_beside_the_runs_unless_it_is_put_elsewhere(tmp_path: Path) 
     assert FleetSettings.of(job("checkpoint.uri=s3://bucket/runs", "fleet.uri=/shared").config).uri == "/shared"
 
 
+HERE, MORE = Allocation("cpu", {"n1": 1}, Layout(1, 64, 1)), Allocation("cpu", {"n1": 2}, Layout(2, 32, 1))
+
+
+@pytest.mark.parametrize(
+    ("seat", "why"),
+    [
+        (Seat(HERE, why=("keeps 1 cpu",)), None),
+        (Seat(replace(HERE, layout=Layout(1, 32, 2)), ready=True), None),  # only its layout is another
+        (Seat(MORE, why=("goes to 2 cpu",)), None),  # somebody holds them still
+        (Seat(MORE, why=("goes to 2 cpu",), ready=True), "goes to 2 cpu"),
+        (Seat(MORE, why=("goes to 2 cpu",), in_the_way=True), "goes to 2 cpu"),
+        (Seat(None, why=("paused",)), "paused"),
+        (Seat(None), "its devices are given to others"),
+        (Seat(None, refused="the name is taken"), None),
+    ],
+)
+def test_a_run_keeps_what_it_has_until_its_new_devices_are_free_or_others_wait(seat: Seat, why: str | None) -> None:
+    assert why_to_move(seat, HERE) == why
+
+
 @pytest.fixture
 def records(tmp_path: Path) -> tuple[RunFolder, Callable[..., None]]:
     folder = RunFolder(tmp_path)
@@ -104,7 +124,7 @@ def test_what_a_run_has_learned_is_in_its_records(
     assert learned.report() == Report(0.0)
     learned.begins(100.0)
     for number in range(1, 21):
-        noise = {"noise_cost_s": 1.0, "step_time_s": 9.0, "noise_scale": 300.0} if number == 10 else {}
+        noise = {"noise_cost_s": 1.0, "step_time_s": 9.0, "noise_scale": 300.0} if number % 3 else {}
         step(number, 110.0 + number, **noise)
     learned.look("cpu")
     learned.stopped(2.0)
