@@ -309,7 +309,7 @@ def _losses(hosts: Hosts, name: str) -> list[float]:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     "ORCHESTRATOR_LONG_TESTS" not in os.environ,
-    reason="about ten minutes on two CPUs: set ORCHESTRATOR_LONG_TESTS=1 to run it",
+    reason="about six minutes on two CPUs: set ORCHESTRATOR_LONG_TESTS=1 to run it",
 )
 def test_runs_share_the_cluster_and_end_as_they_would_alone(hosts: Hosts) -> None:
     """Three runs in a queue beside one that is in none; the service and a host are killed meanwhile."""
