@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 __all__ = ["DrainNotice"]
@@ -14,7 +15,8 @@ class DrainNotice:
     """See ``loop.Notice``. A node that gets SIGTERM, or is drained, stays for a while; Ray tells every worker."""
 
     def __init__(self) -> None:
-        self._asked_at = time.monotonic()
+        # The first time a worker asks it needs the head, who may be gone later: so after the first step.
+        self._asked_at = -math.inf
         self._told: frozenset[str] = frozenset()
 
     def due(self) -> bool:

@@ -148,12 +148,12 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None 
 
 
 def test_a_run_outlives_its_head_and_finishes(hosts: Hosts) -> None:
-    words = (*RUN, "--set", "name=outlives", "--arg", "epochs=60", *DRIVER_ELSEWHERE)
+    words = (*RUN, "--set", "name=outlives", "--arg", "epochs=40", *DRIVER_ELSEWHERE)
     followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
     wait_until(lambda: hosts.step("outlives") > 10, followed)
     hosts("kill", "head")
     killed_at = hosts.step("outlives")
-    wait_until(lambda: hosts.step("outlives") > killed_at + 10, followed)
+    wait_until(lambda: hosts.step("outlives") > killed_at + 100, followed)  # Ray is asked of drains meanwhile
     hosts.start_head()
     wait_until(lambda: hosts.orchestrator("jobs").code == 0)
 
