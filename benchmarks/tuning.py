@@ -21,7 +21,6 @@ import argparse
 import math
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Iterable
@@ -38,7 +37,7 @@ from orchestrator.job import Job
 from orchestrator.launching.tuning import FACTOR, SHARES
 from orchestrator.scheduling.learning_rate import scale
 from orchestrator.scheduling.schedule import factor
-from orchestrator.scheduling.search_space import parse_search
+from orchestrator.scheduling.search_space import draw, parse_search
 from orchestrator.training.data import Stream, open_dataset
 from orchestrator.training.evaluation import MetricSums
 from orchestrator.training.optimizer import add_penalties, build_optimizer, rescale, set_learning_rate
@@ -136,8 +135,7 @@ class Found:
 def search(job: Job, seed: int) -> Searched:
     """Successive halving, as `tune` does it."""
     (space,) = parse_search([f"optimizer.learning_rate=loguniform({LOW},{HIGH})"], job.config)
-    source = random.Random(seed)
-    rates = [float(space.draw(source)) for _ in range(TRIALS)]
+    rates = [float(drawn[space.field]) for drawn in draw([space], TRIALS, seed)]
     trials = {rate: Trial(job, rate, seed=seed) for rate in rates}
     left = rates
     for share in SHARES:

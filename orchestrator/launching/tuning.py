@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
-from orchestrator.scheduling.search_space import Range, parse_search
+from orchestrator.scheduling.search_space import Range, draw, parse_search
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.searched import SearchedTrial, render_search
 
@@ -196,9 +195,7 @@ def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, to
         searcher = _optuna(request, ranges, folder)
         _round(request, folder, space, SHARES[0], together, request.trials - len(known), searcher)
     elif not known:
-        source = random.Random(request.seed)
-        for index in range(request.trials):
-            drawn = {found.field: found.draw(source) for found in ranges}
+        for index, drawn in enumerate(draw(ranges, request.trials, request.seed)):
             write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
     return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
 

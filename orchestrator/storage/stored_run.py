@@ -25,7 +25,7 @@ from orchestrator.config import StorageConfig
 from orchestrator.errors import CheckpointError, ConfigError, NotFoundError, StorageError
 from orchestrator.storage.mirror import Replica
 from orchestrator.storage.store import Store, check_key, open_store
-from orchestrator.storage.tree import TreeFile, file_sha256
+from orchestrator.storage.tree import TreeFile
 
 __all__ = [
     "CHECKPOINTS",
@@ -108,7 +108,7 @@ class StoredRun:
 
         def download(file: TreeFile) -> None:
             path = folder / file.path
-            if not (path.is_file() and path.stat().st_size == file.size_bytes and file_sha256(path) == file.sha256):
+            if not file.is_at(path):
                 with contextlib.suppress(NotFoundError):
                     self.store.download(f"{CHECKPOINTS}{name}/{file.path}", path)
 

@@ -1,21 +1,16 @@
-"""A folder to a store and back: many files at once, each with its size and hash, and none twice."""
+"""A folder to a store: many files at once, each with its size and hash, and none twice."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from orchestrator.errors import StorageError
-from orchestrator.storage.store import Store, check_key
+from orchestrator.storage.store import Store
 
-__all__ = ["TreeFile", "download_tree", "file_sha256", "upload_tree"]
-
-Item = TypeVar("Item")
-Done = TypeVar("Done")
+__all__ = ["TreeFile", "file_sha256", "upload_tree"]
 
 AT_ONCE = 8
 
@@ -27,6 +22,10 @@ class TreeFile:
     path: str
     size_bytes: int
     sha256: str
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path`` is this file, by size and hash."""
+        return path.is_file() and path.stat().st_size == self.size_bytes and file_sha256(path) == self.sha256
 
 
 def upload_tree(
@@ -50,44 +49,8 @@ def upload_tree(
             store.upload(path, key, sha256=file.sha256)
         return file
 
-    return _all(upload, chosen, at_once)
-
-
-def download_tree(
-    store: Store, prefix: str, folder: Path, files: Iterable[TreeFile], *, at_once: int = AT_ONCE
-) -> None:
-    """Download ``files`` from ``prefix/`` to ``folder``, and compare size and hash of each.
-
-    Files that lie in ``folder`` already with the same size and hash are left as they are.
-
-    Raises:
-        StorageError: see ``Store``; or an object is not the file it should be, which is named.
-    """
-
-    def download(file: TreeFile) -> None:
-        path = folder / check_key(file.path)
-        if _is(path, file):
-            return
-        store.download(f"{prefix}/{file.path}", path)
-        if not _is(path, file):
-            path.unlink()
-            raise StorageError(
-                f"{store.uri}/{prefix}/{file.path}: is not the file that was written (size or SHA-256 differ): use an "
-                "earlier copy"
-            )
-
-    _all(download, list(files), at_once)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _all(act: Callable[[Item], Done], items: Sequence[Item], at_once: int) -> tuple[Done, ...]:
     with ThreadPoolExecutor(at_once, thread_name_prefix="tree") as pool:
-        futures = [pool.submit(act, item) for item in items]
+        futures = [pool.submit(upload, path) for path in chosen]
         try:
             return tuple(future.result() for future in futures)
         finally:
@@ -95,5 +58,7 @@ def _all(act: Callable[[Item], Done], items: Sequence[Item], at_once: int) -> tu
                 future.cancel()
 
 
-def _is(path: Path, file: TreeFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size_bytes and file_sha256(path) == file.sha256
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
