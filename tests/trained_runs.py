@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from gloo import GlooGroup
 from gloo_jobs import new_run, run_loop
 from orchestrator.config import Fixed, LayoutConfig, ScaleConfig
@@ -33,3 +36,10 @@ def train(root: Path, job: Job, target: str, args: list[str], *, workers: int = 
     write_json(folder.config, config.model_dump(mode="json"))
     write_json(folder.job, {"job": target, "args": args})
     return root
+
+
+def sparsity_of(model: nn.Module) -> float:
+    """Share of zeros among the linear and convolutional weights."""
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d
+    weights = torch.cat([layer.weight.detach().flatten() for layer in model.modules() if isinstance(layer, kinds)])
+    return float((weights == 0).float().mean())

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from orchestrator.errors import ExportError
 
-__all__ = ["PATTERNS", "Mask", "Pattern", "choose", "mask_weights", "plain", "sparsity_of"]
+__all__ = ["PATTERNS", "Mask", "Pattern", "choose", "mask_weights", "plain"]
 
 Pattern = Literal["global", "2:4", "channels"]
 PATTERNS: tuple[Pattern, ...] = ("global", "2:4", "channels")
@@ -114,13 +114,6 @@ def plain(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(cast("Any", module), "weight", leave_parametrized=True)
     return model
-
-
-def sparsity_of(model: nn.Module) -> float:
-    """Share of zeros among the linear and convolutional weights."""
-    weights = [_weight(layer) for layer in _layers(model)]
-    total = sum(weight.numel() for weight in weights)
-    return sum(int((weight == 0).sum()) for weight in weights) / total if total else 0.0
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orchestrator.compression.pruning import INTERVAL, choose, mask_weights, plain, sparsity_of
+from orchestrator.compression.pruning import INTERVAL, choose, mask_weights, plain
 from orchestrator.errors import ExportError
+from trained_runs import sparsity_of
 
 shares = st.floats(0.0, 0.99)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.vision import digits
 from orchestrator.compression.measuring import evaluate_model
-from orchestrator.compression.pruning import plain, sparsity_of
+from orchestrator.compression.pruning import plain
 from orchestrator.compression.trained import load_trained
 from orchestrator.compression.variants import (
     Distilled,
@@ -28,7 +28,7 @@ from orchestrator.config import Fixed
 from orchestrator.errors import ConfigError, ExportError, JobError
 from orchestrator.job import Job, Summarizing, load
 from orchestrator.training.data import open_dataset
-from trained_runs import train
+from trained_runs import sparsity_of, train
 
 VARIANTS = "orchestrator.compression.variants"
 
