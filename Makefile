@@ -10,8 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Tests run in as many processes as there are CPUs, up to four; those that start Ray stand in one queue (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder
+# Tests run in one process more than there are CPUs, up to four: those that start Ray stand in queues of their own, where
+# they wait most of the time (tests/conftest.py).
+PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 UNIT := not ray and not s3 and not k8s and not gpu and not slow
 
 .DEFAULT_GOAL := help

@@ -5,14 +5,14 @@
 
 **Search.** A fine grid of learning rates from 1e-4 to 1, a factor of 1.41 apart, each trained to the end; then the
 search of `orchestrator tune` over the same range: its draws, its rounds (to 1/9, 1/3 and all of the length) and its
-choice of who goes on. Wanted: a rate within a factor of 2 of the grid's best, for at most a quarter of the grid's
-samples.
+choice of who goes on, with a seed of which there is a grid as well: what differs is where the rates lie and how far
+they run. Wanted: a rate within a factor of 2 of that grid's best, for at most a quarter of the grid's samples.
 
 **Transfer.** The same grid at four times the batch, against the best rate of the small batch carried over by the rule
 that belongs to the optimizer. Where the two agree within a factor of 2, trials at the small batch stand for the large.
 
 Every trial trains in this process, on the job's own loss, data, optimizer and schedule, at a fixed batch and without
-Ray: what is compared is which rates are found and for how many samples. The grid's losses are means over the seeds.
+Ray: what is compared is which rates are found and for how many samples.
 """
 
 from __future__ import annotations
@@ -123,13 +123,29 @@ class Found:
     """One task's part of the result."""
 
     name: str
-    grid: dict[float, float]
-    """Rate to mean best loss."""
+    grids: list[dict[float, float]]
+    """Of each seed: rate to best loss."""
     large: dict[float, float]
-    carried: float
+    """Rate to the mean best loss over the seeds, at the larger batch."""
+    carried: float = math.nan
     searched: list[Searched] = field(default_factory=list)
     grid_samples: int = 0
     """Of one grid."""
+
+    @property
+    def grid(self) -> dict[float, float]:
+        """Rate to the mean best loss over the seeds."""
+        return _mean(self.grids)
+
+    @property
+    def off(self) -> list[float]:
+        """Factor between each search's rate and the best of its seed's grid."""
+        bests = [min(grid, key=grid.__getitem__) for grid in self.grids]
+        return [max(one.rate / best, best / one.rate) for one, best in zip(self.searched, bests, strict=True)]
+
+
+def _mean(grids: list[dict[float, float]]) -> dict[float, float]:
+    return {rate: statistics.fmean(grid[rate] for grid in grids) for rate in GRID}
 
 
 def search(job: Job, seed: int) -> Searched:
@@ -145,25 +161,22 @@ def search(job: Job, seed: int) -> Searched:
     return Searched(min(rates, key=lambda rate: trials[rate].best), sum(trial.samples for trial in trials.values()))
 
 
-def grid(job: Job, seeds: int, larger: int = 1) -> tuple[dict[float, float], int]:
-    """Mean best loss of each rate over the seeds, and the samples of one seed's whole grid."""
-    means, samples = {}, 0
-    for rate in GRID:
-        trials = [Trial(job, rate, seed=seed, larger=larger).run_to(1.0) for seed in range(seeds)]
-        means[rate] = statistics.fmean(trial.best for trial in trials)
-        samples += trials[0].samples
-    return means, samples
+def grid(job: Job, seed: int, larger: int = 1) -> tuple[dict[float, float], int]:
+    """Best loss of each rate, and the samples that the whole grid took."""
+    trials = {rate: Trial(job, rate, seed=seed, larger=larger).run_to(1.0) for rate in GRID}
+    return {rate: trial.best for rate, trial in trials.items()}, sum(trial.samples for trial in trials.values())
 
 
 def measure(name: str, job: Job, seeds: int) -> Found:
     """Both parts on one task."""
     assert job.prepare is not None
     job.prepare()
-    small, samples = grid(job, seeds)
-    best = min(small, key=small.__getitem__)
-    recipe = job.config.recipe
-    carried = best * scale("auto", recipe.optimizer, None, recipe.batch, LARGER * recipe.batch).learning_rate
-    found = Found(name, small, grid(job, seeds, LARGER)[0], carried, grid_samples=samples)
+    small = [grid(job, seed) for seed in range(seeds)]
+    large = [grid(job, seed, LARGER)[0] for seed in range(seeds)]
+    found = Found(name, [losses for losses, _ in small], _mean(large), grid_samples=small[0][1])
+    recipe, means = job.config.recipe, found.grid
+    carried = scale("auto", recipe.optimizer, None, recipe.batch, LARGER * recipe.batch).learning_rate
+    found.carried = min(means, key=means.__getitem__) * carried
     found.searched = [search(job, seed) for seed in range(seeds)]
     return found
 
@@ -175,18 +188,19 @@ def report(results: list[Found], seeds: int, took_s: float) -> str:
         f"# Searching a learning rate, {datetime.now(UTC).date()}",
         "",
         f"`python benchmarks/tuning.py`, {seeds} seeds, {where}.",
-        f"Grid: {len(GRID)} rates from {LOW:g} to {HIGH:g}; search: {TRIALS} trials. Losses are held-out means.",
+        f"Grid: {len(GRID)} rates from {LOW:g} to {HIGH:g}; search: {TRIALS} trials. Losses are of what is held out.",
         "",
-        "| task | best of the grid | found, by seed | furthest off | samples of the grid's |",
-        "| --- | --- | --- | --- | --- |",
+        "| task | best of the means | best of each seed's grid | found with that seed | off | samples of the grid's |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for found in results:
         best = min(found.grid, key=found.grid.__getitem__)
-        off = max(max(one.rate / best, best / one.rate) for one in found.searched)
+        bests = ", ".join(f"{min(grid, key=grid.__getitem__):.2g}" for grid in found.grids)
+        off = ", ".join(f"{off:.2f} x" for off in found.off)
         share = max(one.samples for one in found.searched) / found.grid_samples
         rates = ", ".join(f"{one.rate:.2g}" for one in found.searched)
         lines.append(
-            f"| {found.name} | {best:.2g} (loss {found.grid[best]:.4f}) | {rates} | {off:.2f} x | {share:.0%} |"
+            f"| {found.name} | {best:.2g} (loss {found.grid[best]:.4f}) | {bests} | {rates} | {off} | {share:.0%} |"
         )
     lines += [
         "",

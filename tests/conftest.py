@@ -19,13 +19,16 @@ settings.load_profile("orchestrator")
 
 
 RAY = "ray"
-"""The queue of all files with tests that start Ray: two clusters at a time are too much for a small machine."""
+"""The queue of all files with tests that start Ray: two clusters on one machine take each other's ports."""
+OWN_NETWORK = "tests/launching/test_hosts.py"
+"""The only one whose clusters are in network and process namespaces of their own, so it may run beside that queue."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_what_cannot_run(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not starts_ray(item.path))  # the longest queue begins at once
+        order = (RAY, OWN_NETWORK)  # the longest queues begin at once
+        items.sort(key=lambda item: order.index(queue) if (queue := queue_of(item.path)) in order else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,16 +38,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return RAY if starts_ray(config.rootpath / file) else file
+            return queue_of(config.rootpath / nodeid.partition("::")[0])
 
     return Files(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @functools.cache
-def starts_ray(file: Path) -> bool:
-    """Whether any of its tests is marked so. By its text: who hands tests out has not collected them."""
-    return "mark.ray" in file.read_text()
+def queue_of(file: Path) -> str:
+    """The tests that run one after another with those of ``file``. By its text: who hands tests out collected none."""
+    name = file.relative_to(Path(__file__).parents[1]).as_posix()
+    return RAY if name != OWN_NETWORK and "mark.ray" in file.read_text() else name
 
 
 def skip_what_cannot_run(items: Iterable[pytest.Item]) -> None:
