@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: order.index(queue) if (queue := queue_of(item.path)) in order else len(order))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The queues of Ray's tests take longest, so the others make way for them: Ray gives its own workers a nice of 15."""
+    if "PYTEST_XDIST_WORKER" in os.environ and queue_of(item.path) not in (RAY, OWN_NETWORK):
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Several processes at once, as `make test` has it: one takes all that starts Ray, the others file after file."""

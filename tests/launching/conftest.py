@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +16,27 @@ from commands import DIGITS, FIXED, TIMEOUT_S, Ended, environment
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """The main job at a fixed batch, left alone."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
-    done = subprocess.run(
-        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
+    """The main job at a fixed batch, left alone; once for all processes that run tests."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"
+    folder.mkdir(exist_ok=True)
+    ended = folder / "ended.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ended.exists():
+            words = [sys.executable, "-m", "orchestrator", "run", DIGITS, "--json", *FIXED]
+            done = subprocess.run(
+                words,
+                cwd=folder,
+                env=environment(folder),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            ended.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    return Ended(*json.loads(ended.read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,6 @@ from commands import REPOSITORY, TIMEOUT_S, Ended, environment, losses, records
 import kube
 from orchestrator.telemetry.records import read
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
 SCRIPT = (kube.test_data() or Path("/nonexistent")).parent / "tools" / "ray-hosts.sh"
 ADDRESS = "http://10.77.0.1:8265"
 ELSEWHERE = "s3"  # the host without Ray: Redis is there, and whoever submits
@@ -50,6 +48,10 @@ def why_not() -> str | None:
         return f"not found: {', '.join(absent)} (Debian: iproute2, util-linux, redis-server)"
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
     return "the hosts are up already, for somebody else" if "rhsw" in listed.stdout else None
+
+
+WHY_NOT = why_not()
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")]
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,6 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    if reason := why_not():
-        pytest.skip(reason)
     made = Hosts(tmp_path_factory.mktemp("hosts"), secrets.token_hex(8))
     try:
         made("up")

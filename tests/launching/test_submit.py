@@ -325,27 +325,21 @@ def test_a_stopped_run_that_is_submitted_again_goes_on(head: Head, here: Callabl
 def test_a_lost_cluster_is_said_and_another_one_goes_on_from_s3(
     head: Head, here: Callable[..., Ended], s3: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head is killed under the run that is being followed; its successor knows nothing but the store."""
+    """The last test: the head is killed under the run that is followed; its successor knows nothing but the store."""
     place = "runs-of-lost-clusters"
     kept = (*DIGITS, "--arg", "epochs=2000", "--set", "name=kept", "--set", f"checkpoint.uri=s3://{BUCKET}/{place}")
     kept = (*kept, "--set", "checkpoint.interval_s=2")
-    for home in (tmp_path / "lost", tmp_path / "successor"):
-        home.mkdir()
-    lost = start_head(tmp_path / "lost")
-    try:
-        monkeypatch.setattr(head, "address", lost.address)
-        sent = here("submit", *kept, "--no-follow", "--json")
-        assert sent.code == 0, sent.err
-        server = JobServer(lost.address, patience_s=2)
-        attempt = server.attempt("kept")
-        wait_until(lambda: saved(s3, f"{place}/kept/"), lost.process)
-    finally:
-        end_head(lost)
+    sent = here("submit", *kept, "--no-follow", "--json")
+    assert sent.code == 0, sent.err
+    server = JobServer(head.address, patience_s=2)
+    attempt = server.attempt("kept")
+    wait_until(lambda: saved(s3, f"{place}/kept/"), head.process)
+    end_head(head)
     with pytest.raises(ClusterLostError, match="lost the cluster while following kept"):
         server.follow(attempt, str, str)
     assert here("status", "kept").code == 2
 
-    successor = start_head(tmp_path / "successor")
+    successor = start_head(tmp_path)
     try:
         monkeypatch.setattr(head, "address", successor.address)
         again = here("submit", *kept, "--no-follow", "--json")

@@ -19,6 +19,7 @@ from jobs.images import classify
 from jobs.language import gpt
 from jobs.recommender import clicks, retrieval
 from jobs.text_classifier import classify as classify_text
+from jobs.vision import digits
 from orchestrator.config import Fixed, Goodput, LayoutConfig, Stop
 from orchestrator.job import Job
 
@@ -83,3 +84,19 @@ def test_the_other_policy_trains_too(two: GlooGroup, folder: Path, tmp_path: Pat
     assert first.state.evaluation is not None
     assert first.state.evaluation[metric] < value
     assert all(torch.equal(value, second.weights[weight]) for weight, value in first.weights.items())
+
+
+def test_bf16_in_stage_3_is_within_a_point_of_fp32(two: GlooGroup, folder: Path, tmp_path: Path) -> None:
+    """The main job, whole."""
+    job = digits(data=str(folder / "digits"))
+    assert job.prepare is not None
+    job.prepare()
+    accuracy = {}
+    for precision, stage in (("fp32", 1), ("bf16", 3)):
+        layout = LayoutConfig(zero_stage=stage, precision=precision)
+        config = job.config.model_copy(update={"policy": Fixed(), "layout": layout})
+        ended, _ = two.run(run_loop, config, job.task, *new_run(tmp_path / precision))
+        assert ended.reason, ended.message
+        accuracy[precision] = ended.state.evaluation["accuracy"]
+    assert accuracy["fp32"] >= 0.97
+    assert accuracy["bf16"] >= accuracy["fp32"] - 0.01
