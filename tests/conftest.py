@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The queues of Ray's tests take longest, so the others make way for them: Ray gives its own workers a nice of 15."""
+    """The queues of Ray's tests take longest: the others make way for them, whose workers Ray gives a nice of 15."""
     if "PYTEST_XDIST_WORKER" in os.environ and queue_of(item.path) not in (RAY, OWN_NETWORK):
         os.setpriority(os.PRIO_PROCESS, 0, 19)
 
