@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -50,7 +52,12 @@ def copy_of(run: StoredRun, folder: Path) -> Path:
     return target
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def others(process: subprocess.Popen[str], past: set[int]) -> list[psutil.Process]:
+    """The run's workers that are not in ``past``."""
+    return [worker for worker in workers_of(process) if worker.pid not in past]
+
+
+def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not is_so():
         assert process.poll() is None, process.communicate()
@@ -174,6 +181,41 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     left = {entry.key.split("/")[1] for entry in stored.store.list("checkpoints/")}
     assert left == set(stored.checkpoints()), "what the crashes left is gone"
     assert server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    "ORCHESTRATOR_LONG_TESTS" not in os.environ,
+    reason="about four minutes on two CPUs: set ORCHESTRATOR_LONG_TESTS=1 to run it",
+)
+def test_ten_workers_killed_at_random_moments_change_nothing(
+    undisturbed: Ended, server: Weed, command: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they start, restore, train, save (every tenth step) and upload: whatever the moment happens to be."""
+    uri = f"s3://{BUCKET}/{secrets.token_hex(4)}"
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    fields = (f"checkpoint.uri={uri}", "checkpoint.interval_steps=10", "failures.max_restarts=10")
+    process = command(DIGITS, *(word for field in fields for word in ("--set", field)))
+    seed = secrets.randbelow(2**32)
+    chance = random.Random(seed)
+    kills, past = 0, set[int]()
+    while kills < 10:
+        wait_until(partial(others, process, past), process)
+        time.sleep(chance.uniform(0.0, 10.0))
+        assert process.poll() is None, f"it ended before the tenth kill, seed {seed}"
+        workers = others(process, past)
+        past |= {worker.pid for worker in workers}
+        if workers:  # they may have been replaced just now, after the kill before
+            chance.choice(workers).send_signal(signal.SIGKILL)
+            kills += 1
+    out, err = process.communicate(timeout=2 * TIMEOUT_S)
+    assert process.returncode == 0, (seed, err)
+    stored = StoredRun(f"{uri}/digits", StorageConfig())
+    copy = copy_of(stored, tmp_path)
+    assert losses(copy) == losses(Path(undisturbed.summary["folder"])), seed
+    assert json.loads(out)["metrics"] == undisturbed.summary["metrics"]
+    left = {entry.key.split("/")[1] for entry in stored.store.list("checkpoints/")}
+    assert left == set(stored.checkpoints()), "what the crashes left is gone"
 
 
 @pytest.mark.parametrize(
