@@ -415,7 +415,9 @@ class ScaleConfig(Part):
     """How many workers, and what each one holds."""
 
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-parallel workers: a number, or a range such as 2,8 that follows the cluster."""
+    """Data-parallel workers: a number, or a range such as 2,8 that follows the cluster where it shares the batch."""
+    resize_interval_s: PositiveFloat = 60.0
+    """How often a run with a range looks whether there is room for more workers, in s; it grows when it next saved."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs reserved per worker."""
     accelerators_per_worker: Literal[0, 1] | Auto = "auto"

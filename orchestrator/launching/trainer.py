@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,7 +22,7 @@ from orchestrator.launching.failures import Failure, lost_mark, read_failures, s
 from orchestrator.launching.recovery import Cause, Trouble, answer
 from orchestrator.launching.spared import SparingTrainer
 from orchestrator.launching.worker import Order, work
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import Plan, elastic_workers
 from orchestrator.storage.filesystem import storage_filesystem
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.telemetry.records import JsonLines, read
@@ -41,6 +42,7 @@ def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
         order,
         plan,
         workers=config.scale.workers,  # a range is elastic
+        counts=elastic_workers(config),
         name="ray",
         # How often is decided by ``recovery.answer``; Ray only does as it is told.
         budgets={
@@ -71,19 +73,25 @@ def _trainer(
     workers: Any,  # the annotations of Ray's configs lag behind what they take
     name: str,
     budgets: dict[str, Any],
+    counts: Sequence[int] = (),
     callbacks: Sequence[Any] = (),
 ) -> SparingTrainer:
     on_gpu = plan.device == "cuda"
-    resources = {"CPU": order.job.config.scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    scale = order.job.config.scale
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    look: dict[str, Any] = {"elastic_resize_monitor_interval_s": scale.resize_interval_s}
     return SparingTrainer(
         function,
         lasting=order.lasting,
+        counts=counts,
+        newest_step=partial(newest_step, order),
         train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=on_gpu,
             resources_per_worker=resources,
+            **look,
             **_elsewhere(order),
         ),
         run_config=RayRunConfig(
@@ -192,17 +200,7 @@ class Recovery(UserCallback):
         places = {nodes[rank] for rank in ranks if rank < len(nodes)}
         if causes and causes[0].node:
             places = {causes[0].node}
-        return Trouble(cause, self._newest_step(), places.pop() if len(places) == 1 else None)
-
-    def _newest_step(self) -> int:
-        if self._order.stored is None:
-            names = [path.name for path in list_checkpoints(self._folder.checkpoints)]
-        else:
-            try:
-                names = self._order.stored.run(quick=True).checkpoints()
-            except StorageError:
-                return 0
-        return int(names[-1].split("-")[1]) if names else 0
+        return Trouble(cause, newest_step(self._order), places.pop() if len(places) == 1 else None)
 
     def _nodes(self) -> Sequence[str]:
         """The node of each rank, as the last attempt wrote it down."""
@@ -226,6 +224,18 @@ class Recovery(UserCallback):
                 run = self._order.stored.run(quick=True)
                 run.publish_failures(self._folder.failures)
                 run.publish(self._folder.root, [self._folder.failure_log.name])
+
+
+def newest_step(order: Order) -> int:
+    """The step of the run's newest checkpoint; 0 where there is none, or the store does not say."""
+    if order.stored is None:
+        names = [path.name for path in list_checkpoints(RunFolder(order.root).checkpoints)]
+    else:
+        try:
+            names = order.stored.run(quick=True).checkpoints()
+        except StorageError:
+            return 0
+    return int(names[-1].split("-")[1]) if names else 0
 
 
 def spare_nodes(plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = ()) -> frozenset[str]:

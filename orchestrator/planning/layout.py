@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.errors import ConfigError
 
-__all__ = ["Layout", "lay_out", "refactor"]
+__all__ = ["Layout", "lay_out", "refactor", "sharing_workers"]
 
 Choice = int | Literal["auto"]
 
@@ -61,6 +61,30 @@ def lay_out(global_batch: int, workers: int, *, micro_batch: Choice = "auto", ac
     if accumulation != "auto":
         return Layout(workers, _factor(global_batch, workers, "accumulation", accumulation), accumulation)
     return Layout(workers, share, 1)
+
+
+def sharing_workers(
+    global_batch: int, low: int, high: int, *, micro_batch: Choice = "auto", accumulation: Choice = "auto"
+) -> tuple[int, ...]:
+    """The numbers of workers from ``low`` to ``high`` that can each take an equal share of ``global_batch``.
+
+    Raises:
+        ConfigError: there is none, or both factors are fixed, which leaves one number of workers.
+    """
+    fixed = [n for n in (micro_batch, accumulation) if n != "auto"]
+    if len(fixed) == 2:
+        raise ConfigError(
+            f"layout.micro_batch={micro_batch} and layout.accumulation={accumulation} leave one number of workers, and "
+            f"scale.workers={low},{high} is a range: set one of the two to auto, or scale.workers to a number"
+        )
+    pinned = fixed[0] if fixed else 1
+    found = tuple(n for n in range(low, high + 1) if global_batch % (n * pinned) == 0)
+    if not found:
+        raise ConfigError(
+            f"layout.global_batch={global_batch} does not divide over any number of workers in "
+            f"scale.workers={low},{high}: use {_nearest(global_batch, low * pinned)}, or another range"
+        )
+    return found
 
 
 def refactor(

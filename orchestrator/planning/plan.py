@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from orchestrator.config import Fixed, Ramp, RunConfig, Stop
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.planning.choice import Setting
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.computing import EAGER, Computing, Place, choose_computing
 from orchestrator.planning.costing import Costing, cost, setting_of
 from orchestrator.planning.costs import Profile
-from orchestrator.planning.layout import Layout, lay_out
+from orchestrator.planning.layout import Layout, lay_out, sharing_workers
 from orchestrator.planning.memory import MemoryUse
 from orchestrator.planning.probe import Probe
 
@@ -119,10 +119,12 @@ def make_plan(
         DataError: there is nothing to train on.
     """
     asked, config = config.scale.workers, _at_its_smallest(config)
-    workers = shape.workers(config.scale)
+    sized: list[str] = []
+    workers = _workers(config, shape, sized)
     on_gpu = shape.accelerators_per_worker(config.scale) > 0
     reasons: list[str] = []
     layout = _layout(config, workers, train_samples, reasons, imagined=shape.imagined)
+    reasons += sized
     if asked != config.scale.workers:
         reasons.append(f"planned for the fewest workers of scale.workers={asked}: the fleet says how many it gets")
     stage = len(reasons)
@@ -245,7 +247,6 @@ def _layout(
             f"{'recipe.batch' if wanted == 'auto' else 'layout.global_batch'}={batch} is larger than the training set "
             f"of {train_samples} samples: use at most {train_samples}"
         )
-    _check_range(config, batch)
     layout = lay_out(batch, workers, micro_batch=config.layout.micro_batch, accumulation=config.layout.accumulation)
     if not reasons:
         source = "the reference batch" if wanted == "auto" else "as set"
@@ -283,23 +284,37 @@ def _batch_policy(config: RunConfig) -> str:
             return "policy goodput: the batch grows while that shortens the time to the end"
 
 
-def _check_range(config: RunConfig, batch: int) -> None:
-    """An elastic run must be able to take its step with every number of workers that it may be given."""
+def elastic_workers(config: RunConfig) -> tuple[int, ...]:
+    """The numbers of workers that a run with a range may have: those that share its batch. Empty without a range.
+
+    Raises:
+        ConfigError: there is no such number.
+    """
     if not isinstance(config.scale.workers, tuple):
-        return
-    low, high = config.scale.workers
-    fixed = [n for n in (config.layout.micro_batch, config.layout.accumulation) if n != "auto"]
-    if len(fixed) == 2 and low < high:
-        raise ConfigError(
-            f"layout.micro_batch={fixed[0]} and layout.accumulation={fixed[1]} leave one number of workers, and "
-            f"scale.workers={low},{high} is a range: set one of the two to auto, or scale.workers to a number"
+        return ()
+    layout = config.layout
+    batch = config.recipe.batch if layout.global_batch == "auto" else layout.global_batch
+    return sharing_workers(
+        batch, *config.scale.workers, micro_batch=layout.micro_batch, accumulation=layout.accumulation
+    )
+
+
+def _workers(config: RunConfig, shape: ClusterShape, reasons: list[str]) -> int:
+    """As many as were asked for; of a range the most that there is room for and that share the batch."""
+    room, asked = shape.workers(config.scale), config.scale.workers
+    if not isinstance(asked, tuple) or shape.imagined:
+        return room
+    counts, (low, high) = elastic_workers(config), asked
+    if room < counts[0]:
+        raise ClusterError(
+            f"scale.workers={low},{high} with this global batch needs {counts[0]} workers at least, and the cluster "
+            f"has room for {room}: use a batch that {room} workers can share, or a larger cluster"
         )
-    unit = math.lcm(*range(low, high + 1)) * math.prod(fixed)
-    if batch % unit:
-        raise ConfigError(
-            f"layout.global_batch={batch} does not divide over every number of workers in scale.workers={low},{high}: "
-            f"use a multiple of {unit}, or a fixed number of workers"
-        )
+    found = max(count for count in counts if count <= room)
+    if len(counts) < high - low + 1:
+        told = ", ".join(map(str, counts))
+        reasons.append(f"{found} workers: of scale.workers={low},{high} the batch can be shared by {told}")
+    return found
 
 
 def _zero_stage(config: RunConfig, workers: int, reasons: list[str]) -> Literal[0, 1, 2, 3]:

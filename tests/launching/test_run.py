@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -269,6 +271,47 @@ def test_a_run_goes_on_with_another_number_of_workers(
     assert [one["workers"] for one in records(folder, "attempts.jsonl") if one["event"] == "started"] == [2, 1]
 
 
+def test_a_run_with_a_range_of_workers_follows_the_cluster(
+    whole: Ended, head: Head, command: Start, tmp_path: Path
+) -> None:
+    """Room for one worker on the head and for one on another node, which is lost and replaced; each step once."""
+    slowly = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=12", "--arg", "wait_s=2e-3", "--address", head.address)
+    fields = (
+        "scale.workers=1,2",
+        "scale.cpus_per_worker=3",
+        "scale.resize_interval_s=2",
+        "checkpoint.interval_steps=15",
+    )
+    with node_of(head, tmp_path / "first"):
+        process = command(*slowly, *(word for field in fields for word in ("--set", field)))
+        folder = tmp_path / "runs" / "waiting"
+        wait_for_step(folder, 40, process)
+    wait_until(lambda: len(starts_of(folder)) == 2, process)
+    with node_of(head, tmp_path / "second"):
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    first, fewer, more = starts_of(folder)
+    assert [start["workers"] for start in (first, fewer, more)] == [2, 1, 2]
+    assert "refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in err
+    assert "refactor: batch 64 (1x32x2) -> 64 (2x32x1): 1 -> 2 workers: global batch kept" in err
+    steps = records(folder)
+    assert {step["workers"] for step in steps if fewer["step"] < step["step"] <= more["step"]} == {1}
+    assert (more["step"] % 15, more["step"] > fewer["step"]) == (0, True), "it grew when it had saved"
+    assert losses(folder) == pytest.approx(losses(Path(whole.summary["folder"])), rel=1e-4)
+
+
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @dataclass(frozen=True)
 class Head:
     """A Ray cluster of one machine that is there before the run and stays after it."""
@@ -308,6 +351,29 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 member.kill()
             process.wait(30)
             psutil.wait_procs(family, timeout=30)
+
+
+@contextlib.contextmanager
+def node_of(head: Head, folder: Path) -> Iterator[None]:
+    """Another node of the head's cluster, with three CPUs; killed at the end, as a lost machine would be."""
+    folder.mkdir()
+    words = [RAY, "start", "--block", f"--address={head.address}", "--num-cpus=3"]
+    env = {**environment(folder), "RAY_AUTH_MODE": "disabled"}
+    log = folder / "node.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(words, env=env, cwd=folder, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield
+    finally:
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(30)
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.layout import Layout, lay_out, refactor
+from orchestrator.planning.layout import Layout, lay_out, refactor, sharing_workers
 
 batches = st.integers(1, 2000)
 workers = st.integers(1, 12)
@@ -32,6 +33,22 @@ def test_a_layout_is_the_batch_and_keeps_what_was_set(batch: int, workers: int, 
     assert layout.workers == workers
     assert micro_batch in ("auto", layout.micro_batch)
     assert accumulation in ("auto", layout.accumulation)
+
+
+@given(batches, workers, workers, choices)
+def test_the_workers_that_share_a_batch_are_those_it_can_be_laid_out_over(
+    batch: int, one: int, other: int, micro_batch
+) -> None:
+    low, high = sorted((one, other))
+    possible = []
+    for count in range(low, high + 1):
+        with contextlib.suppress(ConfigError):
+            possible.append(lay_out(batch, count, micro_batch=micro_batch).workers)
+    if possible:
+        assert list(sharing_workers(batch, low, high, micro_batch=micro_batch)) == possible
+    else:
+        with pytest.raises(ConfigError, match=f"over any number of workers in scale.workers={low},{high}: use "):
+            sharing_workers(batch, low, high, micro_batch=micro_batch)
 
 
 @given(st.integers(1, 50), workers)

@@ -63,6 +63,15 @@ def refusal(kind: type[Exception] = ConfigError, shape: ClusterShape = CPUS, **f
 # -- what is decided ---------------------------------------------------------------------------
 
 
+def test_of_a_range_the_most_that_there_is_room_for_and_that_share_the_batch() -> None:
+    made = plan(ClusterShape(nodes=1, cpus=7), workers=(2, 8))
+    assert made.layout == Layout(workers=4, micro_batch=16, accumulation=1)
+    assert "4 workers: of scale.workers=2,8 the batch can be shared by 2, 4, 8" in made.reasons
+    assert "shared by" not in str(plan(ClusterShape(nodes=1, cpus=7), workers=(1, 2)).reasons)
+    said = refusal(ClusterError, ClusterShape(nodes=1, cpus=3), workers=(3, 8))
+    assert said.startswith("scale.workers=3,8 with this global batch needs 4 workers at least, and the cluster has")
+
+
 def test_a_whole_plan() -> None:
     assert plan() == Plan(
         name="a-run",
@@ -291,18 +300,18 @@ def test_shares_of_the_length() -> None:
         ),
         (
             CPUS,
-            {"workers": (2, 4)},
+            {"workers": (3, 3)},
             (
-                "layout.global_batch=64 does not divide over every number of workers in scale.workers=2,4: "
-                "use a multiple of 12, or a fixed number of workers"
+                "layout.global_batch=64 does not divide over any number of workers in scale.workers=3,3: "
+                "use 63 or 66, or another range"
             ),
         ),
         (
             CPUS,
             {"workers": (1, 2), "layout": {"micro_batch": 5}},
             (
-                "layout.global_batch=64 does not divide over every number of workers in scale.workers=1,2: "
-                "use a multiple of 10, or a fixed number of workers"
+                "layout.global_batch=64 does not divide over any number of workers in scale.workers=1,2: "
+                "use 60 or 65, or another range"
             ),
         ),
         (
