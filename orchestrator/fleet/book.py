@@ -220,6 +220,18 @@ class Book:
         check_quotas(quotas)
         return replace(self, quotas=quotas, changed=True)
 
+    def given_quotas(self, before: Mapping[str, int], given: Mapping[str, int]) -> Book:
+        """With quotas that are written down elsewhere; where those are as they were ``before``, people's own stay.
+
+        Raises:
+            ConfigError: not whole numbers of at least 0.
+        """
+        book = self
+        for queue in sorted({*before, *given}):
+            if before.get(queue) != given.get(queue):
+                book = book.quota(queue, given.get(queue))
+        return book
+
     # -- deciding --
 
     def due(self, nodes: Mapping[str, tuple[str, int]], now_s: float) -> bool:

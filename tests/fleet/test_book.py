@@ -102,6 +102,17 @@ def test_runs_are_moved_between_queues_and_queues_are_given_quotas() -> None:
         book.quota("team", -1)
 
 
+def test_quotas_that_are_given_elsewhere_hold_until_people_set_others() -> None:
+    given = {"a": 4, "b": 2}
+    book = Book().given_quotas({}, given)
+    assert book.quotas == given
+    assert book.changed
+    by_hand = book.quota("a", 1).quota("b", None)
+    assert by_hand.given_quotas(given, given).quotas == {"a": 1}
+    assert by_hand.given_quotas(given, {"a": 6, "b": 2}).quotas == {"a": 6}
+    assert by_hand.quota("c", 3).given_quotas(given, {}).quotas == {"c": 3}
+
+
 def test_a_run_that_comes_back_keeps_its_place_and_its_age() -> None:
     book = with_run().decide(POLICY, EIGHT, 0.0)
     again = book.register(facts("a"), 500.0)
