@@ -90,11 +90,15 @@ def _job(pick: random.Random) -> Values:
             workingDir=["", "https://example.com/code.zip", "s3://bucket/code.zip"],
             pip=[[], ["einops==0.8.1", "a @ https://example.com/a.whl"]],
             env=[{}, {"NCCL_DEBUG": "INFO", "X": "a: b # c"}],
+            cluster=["", "", "own", "team"],
+            queue=["default", "team-a", "a.b_c"],
+            priority=[-10, 0, 3],
+            deadlineSeconds=[0, 3600],
             backoffLimit=[0, 3],
             activeDeadlineSeconds=[0, 3600],
             ttlSecondsAfterFinished=[0, 60],
             suspend=[True, False],
-            submissionMode=["K8sJobMode", "HTTPMode", "SidecarMode"],
+            submissionMode=["", "K8sJobMode", "HTTPMode", "SidecarMode"],
             entrypointCpus=[0, 1, 0.5],
         ),
     }
@@ -133,11 +137,18 @@ MAKERS: dict[str, Any] = {
     "imagePullSecrets": lambda pick: pick.choice([[], ["pull"], ["a", "b"]]),
     "rayVersion": lambda pick: pick.choice(["2.60.0", "2.52.1"]),
     "cluster": lambda pick: _some(pick, enabled=[True, True, False], upgradeStrategy=["None", "Recreate"]),
+    "fleet": lambda pick: _some(
+        pick,
+        enabled=[True, False],
+        policy=["goodput", "fair", "fifo"],
+        quotas=[{}, {"team-a": 4, "default": 0}],
+        uri=["", "s3://runs/books/"],
+    ),
     "auth": lambda pick: _some(pick, enabled=[True, False], secretName=["", "token"]),
     "head": lambda pick: _some(pick, serviceType=["ClusterIP", "NodePort", "LoadBalancer"], **PLACEMENT),
     "workerDefaults": lambda pick: _some(pick, **PLACEMENT),
     "workerGroups": _groups,
-    "jobDefaults": lambda pick: _some(pick, backoffLimit=[0, 9], pip=[[], ["tqdm"]]),
+    "jobDefaults": lambda pick: _some(pick, backoffLimit=[0, 9], pip=[[], ["tqdm"]], queue=["team-b"], priority=[1]),
     "jobs": _jobs,
     "autoscaler": lambda pick: _some(
         pick, enabled=[True, False], idleTimeoutSeconds=[1, 60], upscalingMode=["Default", "Aggressive", "Conservative"]
@@ -184,9 +195,31 @@ def _keep_the_rules(values: Values, pick: random.Random) -> None:
     jobs, groups = values.get("jobs", {}), values.get("workerGroups", {})
     if values.get("autoscaler", {}).get("enabled"):
         values.pop("kueue", None)
+    fleet = values.get("fleet", {}).get("enabled", False)
+    if fleet:
+        values["cluster"] = values.get("cluster", {}) | {"enabled": True}
+        values.setdefault("storage", {"uri": "s3://runs/team"})
     for job in jobs.values():
+        if not fleet and job.get("cluster") == "team":
+            del job["cluster"]
+        if _is_shared(job, fleet=fleet):
+            _keep_the_rules_of_sharing(job)
+            continue
+        for name in ("queue", "priority", "deadlineSeconds"):
+            job.pop(name, None)
         if groups and _flag(pick):
             name = pick.choice(sorted(groups))
             job["workerGroups"] = {name: {"memory": "3Gi"}}
         if not job.get("suspend") and not values.get("kueue") and _flag(pick):
             job["shutdownAfterJobFinishes"] = False
+
+
+def _is_shared(job: Values, *, fleet: bool) -> bool:
+    return fleet and job.get("cluster") != "own"
+
+
+def _keep_the_rules_of_sharing(job: Values) -> None:
+    for name in ("suspend", "activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished"):
+        job.pop(name, None)
+    if job.get("submissionMode") == "SidecarMode":
+        del job["submissionMode"]

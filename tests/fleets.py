@@ -83,9 +83,12 @@ def clusters(draw: st.DrawFn, most_nodes: int = 3) -> dict[str, tuple[str, int]]
 
 
 @st.composite
-def fleets(draw: st.DrawFn, most_jobs: int = 6) -> tuple[list[JobView], dict[str, tuple[str, int]]]:
-    """Runs of all kinds, some of which already run somewhere, on a cluster."""
+def fleets(
+    draw: st.DrawFn, most_jobs: int = 6, *, avoiding: bool = False
+) -> tuple[list[JobView], dict[str, tuple[str, int]]]:
+    """Runs of all kinds, some of which already run somewhere, on a cluster; ``avoiding``: some avoid nodes."""
     cluster = draw(clusters())
+    nodes_to_avoid = st.sets(st.sampled_from([*sorted(cluster), "gone"]), max_size=3) if avoiding else st.just(set())
     free = {name: devices for name, (_, devices) in cluster.items()}
     jobs = []
     for index in range(draw(st.integers(1, most_jobs))):
@@ -109,6 +112,7 @@ def fleets(draw: st.DrawFn, most_jobs: int = 6) -> tuple[list[JobView], dict[str
             priority=draw(st.integers(-1, 2)),
             queue=draw(st.sampled_from(["a", "b", "c"])),
             deadline_s=draw(st.sampled_from([None, NOW_S + 600.0, NOW_S - 1.0])),
+            avoid=frozenset(draw(nodes_to_avoid)),
         )
         if draw(st.booleans()):
             name = draw(st.sampled_from(sorted(cluster)))

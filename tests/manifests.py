@@ -129,6 +129,8 @@ def pods(manifest: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     if manifest["kind"] == "RayJob":
         if submitter := spec.get("submitterPodTemplate"):
             yield "submitter", submitter
+        if "clusterSelector" in spec:
+            return
         spec = spec["rayClusterSpec"]
     if manifest["kind"] in ("RayCluster", "RayJob"):
         yield "head", spec["headGroupSpec"]["template"]

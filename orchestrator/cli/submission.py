@@ -46,7 +46,7 @@ def submit(
     working_dir: Annotated[str, typer.Option(metavar="FOLDER", help="The code: a folder, or a zip's address.")] = ".",
     driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs for the driver; above 0 it leaves the head.")] = 0.0,
     follow: Annotated[bool, typer.Option(help="Show what the run prints, and end as it ends.")] = True,
-    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="As a RayJob with a cluster of its own.")] = False,
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="As a RayJob, where the chart says.")] = False,
     release: Annotated[
         str, typer.Option(help="With --kubernetes: the prefix of the chart's objects.")
     ] = "orchestrator",
@@ -167,6 +167,7 @@ def _submit_rayjob(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    from orchestrator.launching.jobs import RUN
     from orchestrator.launching.rayjobs import Place, create
 
     made, new = create(request, extras, Place(release, namespace, context), dry_run=dry_run)
@@ -179,7 +180,11 @@ def _submit_rayjob(
         print(f"RayJob {name} in namespace {space} would be accepted")
         return
     print(f"RayJob {name} in namespace {space} " + ("created" if new else f"exists already: {state or 'waiting'}"))
-    print(f"  kubectl -n {space} get rayjob {name} --watch\n  kubectl -n {space} logs --follow job/{name}")
+    print(f"  kubectl -n {space} get rayjob {name} --watch")
+    if made["spec"]["submissionMode"] == "K8sJobMode":
+        print(f"  kubectl -n {space} logs --follow job/{name}")
+    elif (run := made["spec"].get("metadata", {}).get(RUN)) is not None:
+        print(f"  orchestrator logs --follow {run}, and orchestrator queue, with the --address of the team's cluster")
 
 
 def _follow(server: JobServer, attempt: Attempt, as_json: bool) -> None:

@@ -53,6 +53,8 @@ class Report:
     step_time: Mapping[str, StepTimeModel] | None = None
     restart_cost_s: float | None = None
     """None where it has not restarted yet."""
+    avoid: frozenset[str] = frozenset()
+    """Nodes that it will not use any more."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Entry:
             step_time=self.report.step_time,
             noise_scale=self.report.noise_scale,
             current=self.current,
+            avoid=self.report.avoid,
         )
 
     def given(self, answer: Allocation | None, why: Sequence[str], now_s: float) -> Entry:
@@ -141,6 +144,8 @@ class Book:
     def register(self, facts: Registration, now_s: float) -> Book:
         """A run arrives, or comes back after its driver was restarted: then it keeps its place and its age.
 
+        What its last driver avoided is forgotten with it, as it is where runs share nothing.
+
         Raises:
             ConfigError: a range that is none.
         """
@@ -148,13 +153,13 @@ class Book:
         if known is None:
             entry = Entry(facts, submitted_s=now_s, heard_s=now_s, counted_s=now_s, since_s=now_s)
         else:
-            entry = replace(known, facts=facts, heard_s=now_s)
+            entry = replace(known, facts=facts, heard_s=now_s, report=replace(known.report, avoid=frozenset()))
         entry.view(now_s)  # what no policy could read is refused here
-        changed = self.changed or known is None or known.facts != facts
+        changed = self.changed or known is None or known.facts != facts or bool(known.report.avoid)
         return replace(self._with(entry), changed=changed)
 
     def report(self, name: str, report: Report, now_s: float) -> Book:
-        """A run says how far it is; what it does not say stays as it was.
+        """A run says how far it is; what it does not say stays as it was. Other nodes to avoid ask for a decision.
 
         Raises:
             RequestError: there is no such run.
@@ -167,7 +172,8 @@ class Book:
             step_time=before.step_time if report.step_time is None else report.step_time,
             restart_cost_s=before.restart_cost_s if report.restart_cost_s is None else report.restart_cost_s,
         )
-        return self._with(replace(entry, report=merged, heard_s=now_s))
+        changed = self.changed or report.avoid != before.avoid
+        return replace(self._with(replace(entry, report=merged, heard_s=now_s)), changed=changed)
 
     def end(self, name: str) -> Book:
         """A run is over, or was stopped.
@@ -213,6 +219,18 @@ class Book:
             quotas[queue] = devices
         check_quotas(quotas)
         return replace(self, quotas=quotas, changed=True)
+
+    def given_quotas(self, before: Mapping[str, int], given: Mapping[str, int]) -> Book:
+        """With quotas that are written down elsewhere; where those are as they were ``before``, people's own stay.
+
+        Raises:
+            ConfigError: not whole numbers of at least 0.
+        """
+        book = self
+        for queue in sorted({*before, *given}):
+            if before.get(queue) != given.get(queue):
+                book = book.quota(queue, given.get(queue))
+        return book
 
     # -- deciding --
 
@@ -335,7 +353,7 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     saved |= {"restarts": entry.restarts, "paused": entry.paused, "why": list(entry.why)}
     return saved | {
         "facts": asdict(entry.facts),
-        "report": {**asdict(plain.report), "step_time": models},
+        "report": {**asdict(plain.report), "step_time": models, "avoid": sorted(report.avoid)},
         "current": None if entry.current is None else asdict(entry.current),
     }
 
@@ -346,6 +364,7 @@ def _entry_from_dict(saved: Mapping[str, Any], now_s: float) -> Entry:
         facts[name] = tuple(facts[name])
     if report["step_time"] is not None:
         report["step_time"] = {kind: StepTimeModel.from_dict(one) for kind, one in report["step_time"].items()}
+    report["avoid"] = frozenset(report.get("avoid", ()))
     if current is not None:
         current = Allocation(
             current["device_type"],

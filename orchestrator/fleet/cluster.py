@@ -6,14 +6,14 @@ set of them that fits by number also fits by place, largest first, so that a sol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from orchestrator.errors import ConfigError
 from orchestrator.fleet.view import Allocation, JobView, Nodes
 
-__all__ = ["Fleet", "packed_sizes"]
+__all__ = ["Fleet", "Shunned", "packed_sizes"]
 
 WHOLE_NODES = tuple(range(1, 9)) + tuple(unit * 2**octave for octave in range(1, 14) for unit in range(5, 9))
 """Numbers of whole nodes that are considered: each up to 8, then four in each doubling."""
@@ -31,7 +31,7 @@ class Fleet:
     node_size: tuple[int, ...]
     """Devices of the largest node of each type."""
     current: tuple[Allocation | None, ...]
-    """Of each job, where its nodes are still there and have room for it."""
+    """Of each job, where its nodes are still there and have room for it, and it avoids none of them."""
 
     @classmethod
     def of(cls, jobs: Sequence[JobView], nodes: Mapping[str, tuple[str, int]]) -> Fleet:
@@ -65,9 +65,48 @@ class Fleet:
         """Packed sizes of a job on a type, up to ``most``; its smallest and its ``current`` one always."""
         low, high = job.workers_range
         found = packed_sizes(low, min(high, max(most, low)), self.node_size[kind], self.capacity[kind])
+        if job.avoid:
+            found = tuple(size for size in found if self._has_room(kind, size, job.avoid))
+            found = found or tuple(size for size in (low,) if self._has_room(kind, size, job.avoid))
         if low <= current <= min(high, self.capacity[kind]) and current not in found:
             return tuple(sorted((*found, current)))
         return found
+
+    def _has_room(self, kind: int, devices: int, avoid: Collection[str]) -> bool:
+        """Whether so many devices would fit without some nodes, if all others were free."""
+        size, sizes = self.node_size[kind], self._sizes_without(kind, avoid)
+        whole, rest = divmod(devices, size)
+        return len(sizes) >= whole and all(one >= size for one in sizes[:whole]) and (sizes[whole:] or [0])[0] >= rest
+
+    def _sizes_without(self, kind: int, avoid: Collection[str]) -> list[int]:
+        """Devices of each node of a type but for some nodes, the largest first."""
+        of_kind = (name for name, node in self.nodes.items() if node.device_type == self.types[kind])
+        return sorted((self.nodes[name].devices for name in of_kind if name not in avoid), reverse=True)
+
+    @property
+    def shunned(self) -> tuple[Shunned, ...]:
+        """What runs that avoid the same nodes may have together: a solver that counts devices must know of it.
+
+        There is one for each type, and each set of nodes that a run avoids; it holds for all runs that avoid at least
+        those nodes.
+        """
+        known, found = frozenset(self.nodes), []
+        for avoid in sorted({job.avoid & known for job in self.jobs if job.avoid}, key=sorted):
+            owners = frozenset(index for index, job in enumerate(self.jobs) if job.avoid >= avoid)
+            for kind in range(len(self.types)):
+                devices = sum(self._sizes_without(kind, avoid))
+                if devices < self.capacity[kind]:
+                    found.append(Shunned(kind, owners, devices))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Shunned:
+    """Runs that avoid the same nodes, and the devices of one type that the other nodes have."""
+
+    kind: int
+    owners: frozenset[int]
+    devices: int
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +123,7 @@ def _standing(jobs: Sequence[JobView], nodes: Nodes) -> list[Allocation | None]:
     found: list[Allocation | None] = []
     for job in jobs:
         here = job.current
-        if here is not None and _fits(here, nodes, free):
+        if here is not None and job.avoid.isdisjoint(here.devices_per_node) and _fits(here, nodes, free):
             for name, count in here.devices_per_node.items():
                 free[name] -= count
             found.append(here)

@@ -66,6 +66,8 @@ class _Shares:
 
     def __post_init__(self) -> None:
         self.left_of_kind = list(self.fleet.capacity)
+        self.shunned = self.fleet.shunned
+        self.left_avoiding = [one.devices for one in self.shunned]
 
     def fill(self, order: Sequence[int]) -> None:
         """The smallest size in turn, then rounds of the next size."""
@@ -90,7 +92,7 @@ class _Shares:
         for row in self.rated.of(job):
             first.setdefault(int(self.rated.kind[row]), row)
         here = int(self.rated.kind[self.stays[job]]) if self.stays[job] >= 0 else -1
-        fits = [row for kind, row in first.items() if self.rated.devices[row] <= self.left_of_kind[kind]]
+        fits = [row for kind, row in first.items() if self.rated.devices[row] <= self._room(job, kind)]
         return max(
             fits,
             key=lambda row: (self.rated.kind[row] == here, self.left_of_kind[self.rated.kind[row]], -row),
@@ -108,12 +110,21 @@ class _Shares:
         before = self.picked.get(job)
         more = int(self.rated.devices[row]) - (0 if before is None else int(self.rated.devices[before]))
         kind, queue = int(self.rated.kind[row]), int(self.queue[job])
-        if more > self.left_of_kind[kind] or more > self.left_of_queue[queue]:
+        if more > self._room(job, kind) or more > self.left_of_queue[queue]:
             return False
         self.left_of_kind[kind] -= more
         self.left_of_queue[queue] -= more
+        for number in self._avoiding(job, kind):
+            self.left_avoiding[number] -= more
         self.picked[job] = row
         return True
+
+    def _room(self, job: int, kind: int) -> int:
+        """Devices of a type that are left for it, on the nodes that it does not avoid."""
+        return min([self.left_of_kind[kind], *(self.left_avoiding[number] for number in self._avoiding(job, kind))])
+
+    def _avoiding(self, job: int, kind: int) -> list[int]:
+        return [number for number, one in enumerate(self.shunned) if one.kind == kind and job in one.owners]
 
 
 def _wish(fleet: Fleet, rated: Options, stays: int, job: int, row: int) -> Wish:

@@ -85,7 +85,7 @@ def _asked(rated: Options, job: int) -> list[int]:
 def _start(board: Board, rated: Options, job: int, rows: Sequence[int]) -> int | None:
     for row in rows:
         choice = _choice(rated, row)
-        if (where := board.fit(choice.kind, choice.devices)) is not None:
+        if (where := board.fit(job, choice.kind, choice.devices)) is not None:
             board.settle(job, Placed(choice, where, moved=False))
             return row
     return None

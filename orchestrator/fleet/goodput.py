@@ -91,6 +91,7 @@ class GoodputPolicy:
             capacity=np.array(fleet.capacity, np.intp),
             queue=queue,
             limit=limit,
+            shunned=fleet.shunned,
         )
         first = solve(whole)
         if len(limit) == 0:

@@ -1,8 +1,8 @@
 """The multiple-choice knapsack: one option for each owner, at most, so that the values add up to the most that fits.
 
 One device type: dynamic programming over the number of devices, exact (Dudzinski & Walukiewicz 1987, section 2), in one
-numpy pass per option; where queues have limits that together fit, for each queue. Several types: an integer program, by
-HiGHS (``scipy.optimize.milp``), made small first:
+numpy pass per option; where queues have limits that together fit, for each queue. Several types, or nodes that some
+owners avoid: an integer program, by HiGHS (``scipy.optimize.milp``), made small first:
 
 1. A price for each limit, found by raising what is asked for too much and lowering what is not, gives an upper bound
    on what can be reached (Lagrange), whatever the prices.
@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
+
+from orchestrator.fleet.cluster import Shunned
 
 __all__ = ["Problem", "solve"]
 
@@ -53,13 +55,22 @@ class Problem:
     """Which limit each owner comes under besides; -1: none."""
     limit: Index
     """Devices that each queue may use, of all kinds."""
+    shunned: tuple[Shunned, ...] = ()
+    """What owners that avoid the same nodes may use together."""
 
     @property
-    def usage(self) -> list[tuple[Index, Index]]:
-        """For each limit the rows that it counts, and its size: first the kinds, then the queues."""
+    def usage(self) -> list[tuple[Index, int]]:
+        """For each limit the rows that it counts, and its size: the kinds, the queues, then what some avoid."""
         of_queue = self.queue[self.owner]
-        kinds = [(np.flatnonzero(self.kind == kind), size) for kind, size in enumerate(self.capacity)]
-        return kinds + [(np.flatnonzero(of_queue == queue), size) for queue, size in enumerate(self.limit)]
+        counted = [(self.kind == kind, int(size)) for kind, size in enumerate(self.capacity)]
+        counted += [(of_queue == queue, int(size)) for queue, size in enumerate(self.limit)]
+        counted += [(self.avoiding(one, np.arange(len(self.owner))), one.devices) for one in self.shunned]
+        return [(np.flatnonzero(rows), size) for rows, size in counted]
+
+    def avoiding(self, shunned: Shunned, rows: Index) -> NDArray[np.bool_]:
+        """Which of the rows a limit of those who avoid the same nodes counts."""
+        mine = np.isin(self.owner[rows], sorted(shunned.owners))
+        return np.asarray(mine & (self.kind[rows] == shunned.kind))
 
 
 def solve(problem: Problem) -> Index:
@@ -68,7 +79,7 @@ def solve(problem: Problem) -> Index:
     if len(problem_rows) == 0:
         return np.full(len(problem.idle), -1)
     useful = _only(problem, problem_rows)
-    if len(problem.capacity) > 1:
+    if len(problem.capacity) > 1 or problem.shunned:
         picked = _integer_program(useful)
     elif len(problem.limit) == 0:
         picked = _by_devices(useful)
@@ -139,7 +150,7 @@ def _undominated(problem: Problem, start: int, end: int) -> list[int]:
     return kept
 
 
-# -- several kinds, or limits by queue ---------------------------------------------------------
+# -- several kinds, or further limits ------------------------------------------------------------
 
 
 def _integer_program(problem: Problem) -> Index:
@@ -173,7 +184,7 @@ def _costs(problem: Problem, prices: Array) -> Array:
 
 def _prices(problem: Problem) -> tuple[Array, float]:
     """Prices of the limits, and the bound they prove: steps by how far demand is off, shorter each time they fail."""
-    sizes = np.concatenate([problem.capacity, problem.limit]).astype(float)
+    sizes = np.array([size for _, size in problem.usage], float)
     typical = float(np.median(np.abs(problem.value) / problem.devices))
     prices = np.full(len(sizes), typical)
     best, bound = prices, np.inf
@@ -192,10 +203,11 @@ def _prices(problem: Problem) -> tuple[Array, float]:
 
 
 def _asked(problem: Problem, picked: Index) -> Array:
-    """Devices of each kind, then of each queue, in the rows picked."""
+    """Devices in the rows picked that each limit counts."""
     devices, queue = problem.devices[picked], problem.queue[problem.owner[picked]]
     of_queue = np.bincount(queue[queue >= 0], devices[queue >= 0], len(problem.limit))
-    return np.concatenate([np.bincount(problem.kind[picked], devices, len(problem.capacity)), of_queue])
+    avoiding = [devices[problem.avoiding(one, picked)].sum() for one in problem.shunned]
+    return np.concatenate([np.bincount(problem.kind[picked], devices, len(problem.capacity)), of_queue, avoiding])
 
 
 def _taken(problem: Problem, costs: Array) -> tuple[Index, float]:
@@ -227,7 +239,7 @@ def _worth(problem: Problem, picked: Index) -> float:
 
 def _fitting(problem: Problem, costs: Array) -> Index:
     """A solution that fits: owners in the order of what they gain on their costs, each with the best that is left."""
-    left_kind, left_queue = problem.capacity.copy(), np.append(problem.limit, np.iinfo(np.intp).max // 2)
+    left = _Left(problem)
     picked = np.full(len(problem.idle), -1)
     net = problem.value - costs
     starts = np.searchsorted(problem.owner, np.arange(len(problem.idle) + 1))
@@ -239,21 +251,43 @@ def _fitting(problem: Problem, costs: Array) -> Index:
         )
         for owner in rows_by_owner:
             rows = np.arange(starts[owner], starts[owner + 1])
-            queue = problem.queue[owner]
-            now = picked[owner]
-            if now >= 0:
-                left_kind[problem.kind[now]] += problem.devices[now]
-                left_queue[queue] += problem.devices[now]
-            room = np.minimum(left_kind[problem.kind[rows]], left_queue[queue])
+            if (now := picked[owner]) >= 0:
+                left.take(now, sign=-1)
             judged = problem.value[rows] if refill else net[rows]
-            judged = np.where(problem.devices[rows] <= room, judged, -np.inf)
+            judged = np.where(problem.devices[rows] <= left.room(rows), judged, -np.inf)
             best = int(np.argmax(judged))
             idle = problem.idle[owner]
             picked[owner] = rows[best] if judged[best] > idle else -1
             if (row := picked[owner]) >= 0:
-                left_kind[problem.kind[row]] -= problem.devices[row]
-                left_queue[queue] -= problem.devices[row]
+                left.take(row)
     return picked
+
+
+class _Left:
+    """What the limits have left."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._of_kind = problem.capacity.copy()
+        self._of_queue = np.append(problem.limit, np.iinfo(np.intp).max // 2)
+        self._avoiding = [one.devices for one in problem.shunned]
+
+    def room(self, rows: Index) -> Index:
+        """Devices for each of the rows of an owner."""
+        problem = self._problem
+        room = np.minimum(self._of_kind[problem.kind[rows]], self._of_queue[problem.queue[problem.owner[rows[0]]]])
+        for one, left in zip(problem.shunned, self._avoiding, strict=True):
+            room = np.where(problem.avoiding(one, rows), np.minimum(room, left), room)
+        return np.asarray(room)
+
+    def take(self, row: int, sign: int = 1) -> None:
+        """Use what a row needs; give it back with a sign of -1."""
+        problem, devices = self._problem, sign * int(self._problem.devices[row])
+        self._of_kind[problem.kind[row]] -= devices
+        self._of_queue[problem.queue[problem.owner[row]]] -= devices
+        for number, one in enumerate(problem.shunned):
+            if problem.kind[row] == one.kind and int(problem.owner[row]) in one.owners:
+                self._avoiding[number] -= devices
 
 
 def _milp(problem: Problem, rows: Index, may_idle: NDArray[np.bool_], gap: float) -> Index | None:

@@ -2,7 +2,8 @@
 
 Runs that keep their size keep their place. The others are placed from the largest down, each on the fullest node that
 has room, or on whole free nodes. Where free devices are scattered, runs that would keep their place are moved together,
-the cheapest first, if that costs less than the size is worth; otherwise the run gets the next best size that fits.
+the cheapest first, if that costs less than the size is worth; otherwise the run gets the next best size that fits. No
+run is put on a node that it avoids; of nodes that are equally full, those that some avoid go first to the others.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Board:
     index: list[dict[str, int]]
     free: list[NDArray[np.intp]]
     size: list[int]
+    shunned: dict[int, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    """Nodes of each type that a run will not use; only of runs that avoid some."""
     settled: dict[int, Placed] = field(default_factory=dict)
     """Runs by number, with their place."""
     movable: dict[int, Wish] = field(default_factory=dict)
@@ -80,24 +83,41 @@ class Board:
         ]
         free = [np.array([fleet.nodes[name].devices for name in of_kind], np.intp) for of_kind in names]
         index = [{name: number for number, name in enumerate(of_kind)} for of_kind in names]
-        return cls(names, index, free, list(fleet.node_size))
+        shunned = {
+            job: [np.array([name in view.avoid for name in of_kind], bool) for of_kind in names]
+            for job, view in enumerate(fleet.jobs)
+            if view.avoid
+        }
+        return cls(names, index, free, list(fleet.node_size), shunned)
 
-    def fit(self, kind: int, devices: int) -> dict[str, int] | None:
-        """The fewest nodes: whole ones, and the fullest that takes what is left; None where there is no room."""
+    def fit(self, job: int, kind: int, devices: int) -> dict[str, int] | None:
+        """The fewest nodes: whole ones, and the fullest that takes what is left; None where there is no room.
+
+        Of nodes that are equally full those go first that other runs avoid.
+        """
         whole, rest = divmod(devices, self.size[kind])
-        free = self.free[kind]
+        order = self.usable(job, kind)
+        free = self.free[kind][order]
         empty = np.flatnonzero(free >= self.size[kind])
         if len(empty) < whole:
             return None
-        found = {self.names[kind][index]: self.size[kind] for index in empty[:whole]}
+        found = {self.names[kind][order[index]]: self.size[kind] for index in empty[:whole]}
         if rest:
             room = np.where(free >= rest, free, np.iinfo(np.intp).max)
             room[empty[:whole]] = np.iinfo(np.intp).max
             fullest = int(np.argmin(room)) if len(room) else 0
             if not len(room) or room[fullest] == np.iinfo(np.intp).max:
                 return None
-            found[self.names[kind][fullest]] = rest
+            found[self.names[kind][order[fullest]]] = rest
         return found
+
+    def usable(self, job: int, kind: int) -> NDArray[np.intp]:
+        """The nodes that a run may use, those first that most others avoid."""
+        if not self.shunned:
+            return np.arange(len(self.names[kind]))
+        count = np.sum([nodes[kind] for nodes in self.shunned.values()], axis=0)
+        order = np.argsort(-count, kind="stable")
+        return order[~self.shunned[job][kind][order]] if job in self.shunned else order
 
     def take(self, kind: int, where: Where, sign: int = 1) -> None:
         """Mark devices as used; as free again with a sign of -1."""
@@ -143,17 +163,17 @@ def _place_one(board: Board, wish: Wish) -> None:
         if index == wish.stays and wish.here is not None:
             where: Where | None = wish.here if board.has(choice.kind, wish.here) else None
         else:
-            where = board.fit(choice.kind, choice.devices)
+            where = board.fit(wish.job, choice.kind, choice.devices)
             if where is None:
                 other = wish.choices[index + 1].value if index + 1 < len(wish.choices) else wish.idle
-                where = _cleared(board, choice, choice.value - max(other, wish.idle))
+                where = _cleared(board, wish.job, choice, choice.value - max(other, wish.idle))
         if where is not None:
             board.settle(wish.job, Placed(choice, where, moved=False))
             return
 
 
-def _cleared(board: Board, choice: Choice, worth: float) -> Where | None:
-    """Room made by moving runs together, where that costs less than ``worth``; they are moved when it returns."""
+def _cleared(board: Board, job: int, choice: Choice, worth: float) -> Where | None:
+    """Room for a run made by moving runs together, where that costs less than ``worth``: then they are."""
     free = board.free[choice.kind]
     if free.sum() < choice.devices:
         return None
@@ -161,17 +181,17 @@ def _cleared(board: Board, choice: Choice, worth: float) -> Where | None:
     tenants = _tenants(board, choice.kind)
     costs = sorted(
         (sum(wish.moving for _, wish in leaving), index, leaving)
-        for index in range(len(free))
+        for index in board.usable(job, choice.kind)
         if (leaving := _leaving(tenants[index], int(free[index]), board.size[choice.kind] if whole else rest))
         is not None
     )
     count = max(whole, 1)
     for first in range(min(ATTEMPTS, len(costs) - count + 1)):
         chosen = costs[first : first + count]
-        movers = {job: wish for _, _, leaving in chosen for job, wish in leaving}
+        movers = {mover: wish for _, _, leaving in chosen for mover, wish in leaving}
         if sum(wish.moving for wish in movers.values()) >= worth:
             return None
-        where = _move(board, choice, movers)
+        where = _move(board, job, choice, movers)
         if where is not None:
             return where
     return None
@@ -199,26 +219,26 @@ def _leaving(tenants: list[tuple[int, Wish]], free: int, needed: int) -> list[tu
     return leaving if free >= needed else None
 
 
-def _move(board: Board, choice: Choice, movers: Mapping[int, Wish]) -> Where | None:
-    """Place ``choice`` and then the movers elsewhere; everything as before where one of them finds no room."""
-    before = {job: board.lift(job) for job in movers}
-    where = board.fit(choice.kind, choice.devices)
+def _move(board: Board, job: int, choice: Choice, movers: Mapping[int, Wish]) -> Where | None:
+    """Place ``job`` and then the movers elsewhere; everything as before where one of them finds no room."""
+    before = {mover: board.lift(mover) for mover in movers}
+    where = board.fit(job, choice.kind, choice.devices)
     moved: list[int] = []
     if where is not None:
         board.take(choice.kind, where)
-        for job in sorted(movers, key=lambda job: (-before[job].choice.devices, job)):
-            there = board.fit(before[job].choice.kind, before[job].choice.devices)
+        for mover in sorted(movers, key=lambda mover: (-before[mover].choice.devices, mover)):
+            there = board.fit(mover, before[mover].choice.kind, before[mover].choice.devices)
             if there is None:
                 break
-            board.settle(job, Placed(before[job].choice, there, moved=dict(there) != dict(before[job].where)))
-            moved.append(job)
+            board.settle(mover, Placed(before[mover].choice, there, moved=dict(there) != dict(before[mover].where)))
+            moved.append(mover)
         board.take(choice.kind, where, sign=-1)  # the caller takes it
     if where is not None and len(moved) == len(movers):
-        for job in moved:
-            del board.movable[job]
+        for mover in moved:
+            del board.movable[mover]
         return where
-    for job in moved:
-        board.lift(job)
-    for job, placed in before.items():
-        board.settle(job, placed)
+    for mover in moved:
+        board.lift(mover)
+    for mover, placed in before.items():
+        board.settle(mover, placed)
     return None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from orchestrator.errors import ConfigError
 from orchestrator.fleet.cluster import Fleet
 
-__all__ = ["check_quotas", "limits"]
+__all__ = ["check_quotas", "limits", "parse_quotas"]
 
 Index = NDArray[np.intp]
 
@@ -24,6 +24,23 @@ def check_quotas(quotas: Mapping[str, int]) -> None:
     for queue, devices in quotas.items():
         if devices != int(devices) or devices < 0:
             raise ConfigError(f"quota of queue {queue}: {devices} devices; give a whole number, 0 or more")
+
+
+def parse_quotas(text: str) -> dict[str, int]:
+    """Quotas as an environment holds them: ``team-a=4,team-b=2``.
+
+    Raises:
+        ConfigError: a quota that cannot be read.
+    """
+    found: dict[str, int] = {}
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        queue, _, devices = word.partition("=")
+        if not queue or not devices.isdecimal() or queue in found:
+            raise ConfigError(
+                f"quotas of queues: cannot read {word!r} in {text!r}: write team-a=4,team-b=2, each queue once"
+            )
+        found[queue] = int(devices)
+    return found
 
 
 def limits(fleet: Fleet, quotas: Mapping[str, int]) -> tuple[Index, Index]:

@@ -93,6 +93,8 @@ class JobView:
     """On the clock of ``submitted_s``."""
     current: Allocation | None = None
     """Where it runs now; None while it waits."""
+    avoid: frozenset[str] = frozenset()
+    """Nodes that it will not use, because its workers failed there again and again."""
 
     def __post_init__(self) -> None:
         for name in ("batch_range", "micro_batch_range", "workers_range"):

@@ -279,7 +279,8 @@ def _seat(order: Order, shape: ClusterShape, member: Member, home: Home, listene
     job, own = seated(order.job, shape, told)
     nodes = tuple(node for node, count in told.devices_per_node.items() for _ in range(count))
     listener.note(f"the fleet gives {told.devices} {told.device_type} on {len(set(nodes))} node(s)")
-    return dataclasses.replace(order, job=job, shape=own, nodes=nodes, told="; ".join(told.reasons))
+    why = "; ".join(told.reasons)
+    return dataclasses.replace(order, job=job, shape=own, nodes=nodes, fewest=member.fewest, told=why)
 
 
 def _note_resume(home: Home, listener: Listener) -> None:
@@ -314,6 +315,7 @@ def _train(
         order = dataclasses.replace(_changed(order, home.folder, listener), cause=ended.cause)
         if member is not None:
             member.here = None
+            member.avoid(order.avoid)
             home.begin_anew()
             again = _seat(order, shape, member, home, listener)
             if again is None:

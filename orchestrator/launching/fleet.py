@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import tempfile
 import time
@@ -21,6 +22,7 @@ from orchestrator.errors import ClusterError, NotFoundError, OrchestratorError, 
 from orchestrator.fleet.book import FIRST_RESTART_COST_S, Book, Registration, Report, Row
 from orchestrator.fleet.earned import earned_devices
 from orchestrator.fleet.policy import make_policy
+from orchestrator.fleet.quotas import parse_quotas
 from orchestrator.fleet.room import Host, Room
 from orchestrator.fleet.view import Allocation, Allocations, JobView, Policy
 from orchestrator.launching.cluster import RayCluster, address_of
@@ -49,13 +51,19 @@ WRITE_S = 30.0
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """How the service decides and where it keeps its book; the first run on a cluster decides it."""
+    """How the service decides and where it keeps its book; the first run on a cluster decides it.
+
+    Where the head's environment has ``ORCHESTRATOR_FLEET_POLICY`` or ``ORCHESTRATOR_FLEET_URI``, these stand over
+    ``policy`` and ``uri``, and ``ORCHESTRATOR_FLEET_QUOTAS`` is ``quotas``: who owns a cluster says how it is shared.
+    """
 
     policy: str
     uri: str
     storage: StorageConfig
     hub: HubSettings | None = None
     """Where its metrics go; None: it tells none."""
+    quotas: str = ""
+    """Devices that queues are sure of, as in ``team-a=4,team-b=2``; what people set later wins."""
 
     @classmethod
     def of(cls, config: RunConfig) -> FleetSettings:
@@ -64,13 +72,29 @@ class FleetSettings:
         if uri is None:
             beside = stored_uri(config)
             uri = f"{config.checkpoint.uri.rstrip('/')}/.fleet" if beside else str(run_root(config).parent / ".fleet")
-        storage = config.storage
-        if uri.startswith("s3://"):
-            from orchestrator.storage.s3 import endpoint_of  # boto3 only where S3 is used
-
-            storage = storage.model_copy(update={"endpoint_url": endpoint_of(storage)})
         hub = HubSettings.of(config.telemetry) if config.telemetry.enabled else None
-        return cls(config.fleet.policy, uri, storage, hub)
+        return cls(config.fleet.policy, uri, _reached(uri, config.storage), hub)
+
+    def under(self, environment: Mapping[str, str]) -> FleetSettings:
+        """As whoever owns the cluster wants it."""
+        said = {name: environment.get(f"ORCHESTRATOR_FLEET_{name}", "") for name in ("POLICY", "URI", "QUOTAS")}
+        uri = said["URI"] or self.uri
+        return replace(
+            self,
+            policy=said["POLICY"] or self.policy,
+            uri=uri,
+            storage=_reached(uri, self.storage),
+            quotas=said["QUOTAS"] or self.quotas,
+        )
+
+
+def _reached(uri: str, storage: StorageConfig) -> StorageConfig:
+    """With the address of the store, so that it does not depend on who asks."""
+    if not uri.startswith("s3://"):
+        return storage
+    from orchestrator.storage.s3 import endpoint_of  # boto3 only where S3 is used
+
+    return storage.model_copy(update={"endpoint_url": endpoint_of(storage)})
 
 
 @dataclass(frozen=True)
@@ -114,6 +138,8 @@ class _State:
     """Ray's id of each run's driver: by it a run's workers are told from everything else."""
     starts: int = 1
     """Of the service."""
+    given: Mapping[str, int] = field(default_factory=dict)
+    """Quotas of the environment, as they were last taken over."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +164,8 @@ class FleetActor:
     """What runs in the service's process. Its methods are called one at a time."""
 
     def __init__(self, settings: FleetSettings) -> None:
-        self._settings = settings
-        self._store: Store = open_store(settings.uri, settings.storage)
+        self._settings = settings.under(os.environ)
+        self._store: Store = open_store(self._settings.uri, self._settings.storage)
         self._key = f"{_cluster()}.json"
         self._state: _State | None = None
         self._room = Room()
@@ -220,20 +246,23 @@ class FleetActor:
 
         Raises:
             StorageError: it cannot be read; nobody is told anything before it can.
-            ConfigError: it was written by another version.
+            ConfigError: it was written by another version, or the quotas of the environment cannot be read.
         """
         if self._state is None:
-            try:
-                saved = json.loads(self._store.read(self._key))
-            except NotFoundError:
-                saved = None
-            if saved is None:
-                self._state = _State(Book())
-            else:
-                book = Book.from_dict(saved["book"], time.time())
-                self._state = _State(book, dict(saved["drivers"]), saved["starts"] + 1)
+            given = parse_quotas(self._settings.quotas)
+            state = self._read_back()
+            book = state.book.given_quotas(state.given, given)
+            self._state = replace(state, book=book, given=given)
             self._publish(self._state.starts)
         return self._state
+
+    def _read_back(self) -> _State:
+        try:
+            saved = json.loads(self._store.read(self._key))
+        except NotFoundError:
+            return _State(Book())
+        book = Book.from_dict(saved["book"], time.time())
+        return _State(book, dict(saved["drivers"]), saved["starts"] + 1, saved.get("given", {}))
 
     def _publish(self, starts: int) -> None:
         if self._settings.hub is not None:
@@ -310,7 +339,12 @@ class FleetActor:
         state = self._known()
         if not (at_once or self._unwritten or now - self._written_at >= WRITE_S):
             return
-        saved = {"book": state.book.to_dict(), "drivers": state.drivers, "starts": state.starts}
+        saved = {
+            "book": state.book.to_dict(),
+            "drivers": state.drivers,
+            "starts": state.starts,
+            "given": dict(state.given),
+        }
         try:
             self._store.write(self._key, json.dumps(saved, indent=1).encode())
         except StorageError as error:

@@ -218,11 +218,12 @@ def choose(submission: Submission, attempts: Sequence[Attempt], *, fresh: bool =
 def named(name: str, attempts: Sequence[Attempt]) -> Attempt | None:
     """The last attempt of the run with this name; else the attempt with this id, the first one's being RUN.1 too.
 
-    The first attempt has the run's name for its id, and a run that was submitted again must not be taken for it.
+    The first attempt has the run's name for its id, and a run that was submitted again must not be taken for it. A
+    RayJob that was made anew counts as a first attempt again; its later submission is the last one.
     """
     of_the_run = [a for a in attempts if a.run == name]
     with_the_id = [a for a in attempts if name in (a.submission_id, f"{a.run}.{a.attempt}")]
-    return max(of_the_run or with_the_id, key=lambda a: a.attempt, default=None)
+    return max(of_the_run or with_the_id, key=lambda a: (a.attempt, a.started_s or 0.0), default=None)
 
 
 def submit(

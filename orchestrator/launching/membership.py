@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from orchestrator.config import Goodput, RunConfig
@@ -169,6 +169,7 @@ class Member:
         self._report: Report | None = None
         self._fitted_at = -FIT_S
         self._away = ""
+        self._avoid: frozenset[str] = frozenset()
         self._refused_at: float | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="fleet", daemon=True)
@@ -180,7 +181,13 @@ class Member:
             return
         self.learned.look(self.here.device_type)
         if time.monotonic() - self._fitted_at >= FIT_S:
-            self._report, self._fitted_at = self.learned.report(), time.monotonic()
+            self._report, self._fitted_at = self._learned(), time.monotonic()
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        """Tell the fleet which nodes the run will not use any more; what it was offered before counts no longer."""
+        if frozenset(nodes) != self._avoid:
+            self._avoid, self._seat = frozenset(nodes), None
+            self._report = self._learned()
 
     def offer(self) -> Allocation | None:
         """Devices on which it can start now.
@@ -195,11 +202,18 @@ class Member:
             self._refused_at = self._refused_at or time.monotonic()
             if time.monotonic() - self._refused_at > REFUSED_S:
                 raise RequestError(seat.refused)
+        if seat.told is None or not self._avoid.isdisjoint(seat.told.devices_per_node):
+            return None  # or an answer to what was asked before
         return seat.told if seat.ready else None
 
     def move(self) -> str | None:
         """Why its workers are to save and stop now; None where they stay."""
         return None if self._away or self._seat is None or self.here is None else why_to_move(self._seat, self.here)
+
+    @property
+    def fewest(self) -> int:
+        """Workers with which the run can do."""
+        return self._facts.workers_range[0]
 
     @property
     def has_devices(self) -> bool:
@@ -229,6 +243,9 @@ class Member:
             self._client.ask("end", self._facts.name, self._driver)
         except (OSError, RequestError):
             return  # it will be forgotten, as it says nothing any more
+
+    def _learned(self) -> Report:
+        return dataclasses.replace(self.learned.report(), avoid=self._avoid)
 
     def _ask(self) -> None:
         while not self._end.is_set():

@@ -1,11 +1,14 @@
-"""A run as a RayJob of its own, created through the Kubernetes API server from what the chart published there."""
+"""A run as a RayJob, created through the Kubernetes API server from what the chart published there.
+
+What was published decides where it runs: on a cluster of its own, or in a queue of the team's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +17,10 @@ import yaml
 from orchestrator.config import RunConfig
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.job import load
-from orchestrator.launching.jobs import Extras, command_of
+from orchestrator.launching.jobs import RUN, Extras, command_of
 from orchestrator.launching.preflight import RunRequest
 
-__all__ = ["Place", "create", "make_rayjob"]
+__all__ = ["Place", "Published", "create", "make_rayjob"]
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 NAME_LENGTH = 47
@@ -33,28 +36,57 @@ class Place:
     context: str | None = None
 
 
-def make_rayjob(
-    template: Mapping[str, Any], storage_uri: str, request: RunRequest, config: RunConfig, extras: Extras
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Published:
+    """What the chart left in the cluster: a RayJob to fill in, and what a run has that does not say otherwise."""
+
+    template: Mapping[str, Any]
+    storage_uri: str = ""
+    queue: str = ""
+
+    @classmethod
+    def of(cls, data: Mapping[str, str]) -> Published:
+        """Read the chart's ConfigMap."""
+        return cls(yaml.safe_load(data["rayjob.yaml"]), data.get("storage-uri", ""), data.get("queue", ""))
+
+    @property
+    def shared(self) -> bool:
+        """Whether runs are on the team's cluster."""
+        return "clusterSelector" in self.template["spec"]
+
+    def defaults(self, overrides: Sequence[str]) -> list[str]:
+        """Config fields for a run with these overrides."""
+        values = {"checkpoint.uri": self.storage_uri, "fleet.queue": self.queue}
+        stated = {override.partition("=")[0] for override in overrides}
+        return [f"{field}={value}" for field, value in values.items() if value and field not in stated]
+
+
+def make_rayjob(published: Published, request: RunRequest, config: RunConfig, extras: Extras) -> dict[str, Any]:
     """The RayJob for ``request``: the chart's own, with this run's name, command and environment.
 
     Raises:
-        RequestError: the code is a folder; the API server takes no code.
+        RequestError: the code is a folder, and the API server takes no code; or a queue where nobody shares anything.
     """
+    if config.fleet.queue is not None and not published.shared:
+        raise RequestError(
+            f"fleet.queue={config.fleet.queue!r}: this release gives each run a cluster of its own, where there is "
+            "nobody to share with. Have fleet.enabled=true set in its values, submit the run to the team's cluster "
+            "(--address instead of --kubernetes), or take no part with --set fleet.queue=none"
+        )
     if extras.working_dir not in ("", ".") and "://" not in extras.working_dir:
         raise RequestError(
             f"--working-dir {extras.working_dir}: the Kubernetes API takes no code. Build it into the image, or put a "
             "zip where the cluster can read it and give its address (s3://..., https://...)"
         )
-    body = json.loads(json.dumps(template))
+    body = json.loads(json.dumps(published.template))
     name = re.sub("[._]", "-", config.name)
-    stated = any(override.startswith("checkpoint.uri=") for override in request.overrides)
-    defaults = [f"checkpoint.uri={storage_uri}"] if storage_uri and not stated else []
     environment: dict[str, Any] = {"env_vars": extras.variables(), "pip": extras.requirements()}
     environment["working_dir"] = extras.working_dir if "://" in extras.working_dir else ""
     given = {key: value for key, value in environment.items() if value}
     body["metadata"]["name"] = (name if name[0].isalpha() else f"run-{name}")[:NAME_LENGTH].rstrip("-")
-    body["spec"]["entrypoint"] = command_of(request, overrides=defaults)
+    command = command_of(request, overrides=published.defaults(request.overrides))
+    body["spec"]["entrypoint"] = f"exec {command}" if published.shared else command
+    body["spec"].update({"metadata": {RUN: config.name}} if published.shared else {})
     body["spec"].update({"runtimeEnvYAML": yaml.safe_dump(given)} if given else {})
     return dict(body)
 
@@ -73,8 +105,7 @@ def create(request: RunRequest, extras: Extras, place: Place, *, dry_run: bool =
     published = f"{place.release}-rayjob"
     with _explained(f"reading {published} in namespace {namespace}"):
         data = core.read_namespaced_config_map(published, namespace, _request_timeout=TIMEOUT_S).data
-    template = yaml.safe_load(data["rayjob.yaml"])
-    body = make_rayjob(template, data.get("storage-uri", ""), request, job.config, extras)
+    body = make_rayjob(Published.of(data), request, job.config, extras)
     name, where = body["metadata"]["name"], (GROUP, VERSION, namespace, PLURAL)
     existing = _existing(custom, where, name)
     if existing is not None:

@@ -163,7 +163,7 @@ class Recovery(UserCallback):
             [*earlier, trouble],
             self._config.failures,
             micro_batch=self._micro_batch(),
-            avoidable=spare_nodes(self._plan, self._config.scale, self._order.avoid),
+            avoidable=spare_nodes(self._plan, self._config.scale, self._order.avoid, fewest=self._order.fewest),
         )
         record = {"time": time.time(), "driver": self._order.driver, **asdict(trouble), "message": said}
         with JsonLines(self._folder.failure_log) as log:
@@ -238,9 +238,11 @@ def newest_step(order: Order) -> int:
     return int(names[-1].split("-")[1]) if names else 0
 
 
-def spare_nodes(plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = ()) -> frozenset[str]:
-    """The nodes without any one of which the others still have room for all workers, or the least of a range."""
-    needed = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
+def spare_nodes(
+    plan: Plan, scale: ScaleConfig, avoided: Sequence[str] = (), *, fewest: int | None = None
+) -> frozenset[str]:
+    """The nodes without any one of which the others have room for all workers, or for the fewest that will do."""
+    needed = fewest or (scale.workers if isinstance(scale.workers, int) else scale.workers[0])
     room = {
         node["NodeID"]: _room(node["Resources"], scale.cpus_per_worker, on_gpu=plan.device == "cuda")
         for node in ray.nodes()

@@ -63,6 +63,8 @@ class Order:
     """Ids of nodes on which no worker is to be placed."""
     nodes: tuple[str, ...] = ()
     """The node of each worker, where a fleet says on which; otherwise Ray chooses."""
+    fewest: int | None = None
+    """Workers with which it can do, where a fleet says how many it has."""
     told: str = ""
     """Why the fleet gives it these."""
     cause: str = ""
@@ -238,7 +240,7 @@ class _Worker:
     def _spare(self, plan: Plan) -> frozenset[str]:
         from orchestrator.launching.trainer import spare_nodes  # which imports this module
 
-        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid)
+        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid, fewest=self._order.fewest)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.

@@ -102,6 +102,17 @@ def test_runs_are_moved_between_queues_and_queues_are_given_quotas() -> None:
         book.quota("team", -1)
 
 
+def test_quotas_that_are_given_elsewhere_hold_until_people_set_others() -> None:
+    given = {"a": 4, "b": 2}
+    book = Book().given_quotas({}, given)
+    assert book.quotas == given
+    assert book.changed
+    by_hand = book.quota("a", 1).quota("b", None)
+    assert by_hand.given_quotas(given, given).quotas == {"a": 1}
+    assert by_hand.given_quotas(given, {"a": 6, "b": 2}).quotas == {"a": 6}
+    assert by_hand.quota("c", 3).given_quotas(given, {}).quotas == {"c": 3}
+
+
 def test_a_run_that_comes_back_keeps_its_place_and_its_age() -> None:
     book = with_run().decide(POLICY, EIGHT, 0.0)
     again = book.register(facts("a"), 500.0)
@@ -121,6 +132,26 @@ def test_reports_that_say_less_take_nothing_away() -> None:
         30.0,
     )
     assert known.step_time == {"gpu": model()}
+
+
+def test_nodes_to_avoid_ask_for_a_decision_and_are_forgotten_with_the_driver() -> None:
+    two = nodes(gpu=(2, 4))
+    book = with_run(workers_range=(4, 4)).decide(POLICY, two, 0.0)
+    told = book.told("a")
+    assert told is not None
+    (failed,) = told.devices_per_node
+    wary = replace(report(), avoid=frozenset({failed}))
+    book = book.report("a", wary, 1.0)
+    assert book.due(two, 1.0)
+    book = book.decide(POLICY, two, 1.0)
+    told = book.told("a")
+    assert told is not None
+    assert failed not in told.devices_per_node
+    assert book.entries["a"].restarts == 1
+    assert not book.report("a", wary, 2.0).due(two, 2.0)
+    again = book.register(facts("a", workers_range=(4, 4)), 3.0)
+    assert again.due(two, 3.0)
+    assert again.entries["a"].report == report()
 
 
 def test_a_silent_run_is_forgotten() -> None:
@@ -146,6 +177,7 @@ def test_the_queue_is_told_in_its_order() -> None:
 def test_what_is_written_down_is_read_back() -> None:
     book = with_run("b", 5.0, with_run("a"), deadline_s=1e5).quota("default", 6).decide(POLICY, EIGHT, 10.0)
     book = book.register(facts("silent"), 11.0).pause("silent")
+    book = book.report("silent", Report(0.0, avoid=frozenset({"gpu-01", "gpu-00"})), 12.0)
     saved = json.loads(json.dumps(book.to_dict()))
     read = Book.from_dict(saved, 400.0)
     assert read.changed
@@ -154,6 +186,12 @@ def test_what_is_written_down_is_read_back() -> None:
     assert read == replace(book, entries=entries, changed=True)
     assert [entry.why for entry in read.entries.values()] == [entry.why for entry in book.entries.values()]
     assert read.decide(POLICY, EIGHT, 400.0).told("a") is not None
+
+
+def test_a_book_from_before_runs_could_avoid_nodes_is_read() -> None:
+    saved = with_run().to_dict()
+    del saved["entries"][0]["report"]["avoid"]
+    assert Book.from_dict(saved, 0.0).entries["a"].report.avoid == frozenset()
 
 
 def test_a_book_of_another_version_is_refused() -> None:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from fleets import NOW_S, job, model, nodes
 from orchestrator.fleet import GoodputPolicy, knapsack, rating
+from orchestrator.fleet.cluster import Shunned
 from orchestrator.fleet.knapsack import Problem, solve
 
 
 @st.composite
-def problems(draw: st.DrawFn, kinds: int, queues: int = 0) -> Problem:
+def problems(draw: st.DrawFn, kinds: int, queues: int = 0, shunned: int = 0) -> Problem:
     owners = draw(st.integers(1, 5))
     rows = [
         (owner, draw(st.integers(1, 9)), draw(st.integers(0, kinds - 1)), draw(st.integers(-4, 20)) / 2)
@@ -33,6 +34,14 @@ def problems(draw: st.DrawFn, kinds: int, queues: int = 0) -> Problem:
         capacity=np.array([draw(st.integers(1, 16)) for _ in range(kinds)]),
         queue=np.array([draw(st.integers(0, queues - 1)) if queues else -1 for _ in range(owners)]),
         limit=np.array([draw(st.integers(0, 12)) for _ in range(queues)], int),
+        shunned=tuple(
+            Shunned(
+                draw(st.integers(0, kinds - 1)),
+                draw(st.frozensets(st.integers(0, owners - 1))),
+                draw(st.integers(0, 9)),
+            )
+            for _ in range(shunned)
+        ),
     )
 
 
@@ -79,6 +88,12 @@ def test_limits_by_queue_are_kept_exactly_on_one_kind(problem: Problem) -> None:
 @settings(max_examples=60)
 @given(problems(kinds=2, queues=2))
 def test_limits_by_queue_are_kept_exactly_on_several_kinds(problem: Problem) -> None:
+    check(problem)
+
+
+@settings(max_examples=60)
+@given(problems(kinds=1, shunned=2) | problems(kinds=2, queues=2, shunned=1))
+def test_what_owners_that_avoid_the_same_nodes_have_together_is_kept_exactly(problem: Problem) -> None:
     check(problem)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ every_policy = pytest.mark.parametrize("name", POLICIES)
 
 @every_policy
 @settings(max_examples=120)
-@given(given=fleets(), quotas=st.sampled_from([None, QUOTAS]))
+@given(given=fleets() | fleets(avoiding=True), quotas=st.sampled_from([None, QUOTAS]))
 def test_an_answer_is_possible(name: str, given: Given, quotas: dict[str, int] | None) -> None:
     jobs, cluster = given
     answer = make_policy(name, quotas=quotas).allocate(jobs, cluster, NOW_S)
@@ -45,6 +46,7 @@ def check_devices(jobs: list[JobView], cluster: dict[str, tuple[str, int]], answ
         assert given.devices == given.layout.workers
         assert len(given.devices_per_node) == math.ceil(given.devices / largest[given.device_type])
         assert {cluster[node][0] for node in given.devices_per_node} == {given.device_type}
+        assert view.avoid.isdisjoint(given.devices_per_node)
         if given != view.current:
             assert view.batch_range[0] <= given.layout.global_batch <= view.batch_range[1]
             assert view.micro_batch_range[0] <= given.layout.micro_batch <= view.micro_batch_range[1]
@@ -56,7 +58,7 @@ def check_devices(jobs: list[JobView], cluster: dict[str, tuple[str, int]], answ
 
 @every_policy
 @settings(max_examples=40)
-@given(given=fleets(), order=st.randoms(use_true_random=False))
+@given(given=fleets() | fleets(avoiding=True), order=st.randoms(use_true_random=False))
 def test_the_same_input_has_the_same_answer_in_any_order(name: str, given: Given, order: Any) -> None:
     jobs, cluster = given
     first = make_policy(name).allocate(jobs, cluster, NOW_S)
@@ -124,6 +126,76 @@ def test_a_lost_node_stops_only_the_runs_on_it(name: str) -> None:
     given = answer["safe"]
     assert given is not None
     assert set(given.devices_per_node) == {"gpu-00"}
+
+
+@every_policy
+def test_who_avoids_nodes_that_are_not_there_has_what_it_had(name: str) -> None:
+    runs = [running(job("a"), {"gpu-00": 4}), job("b"), job("c", workers_range=(2, 8))]
+    wary = [replace(view, avoid=frozenset({"gone"})) for view in runs]
+    policy, cluster = make_policy(name), nodes(gpu=(2, 8))
+    assert policy.allocate(wary, cluster, NOW_S) == policy.allocate(runs, cluster, NOW_S)
+
+
+@every_policy
+def test_a_run_leaves_a_node_that_it_avoids_and_another_takes_it(name: str) -> None:
+    """Where both nodes are full, the one that does not mind goes to the node that the other one leaves."""
+    wary = running(job("wary", workers_range=(8, 8)), {"gpu-00": 8}, avoid=frozenset({"gpu-00"}))
+    answer = make_policy(name).allocate([wary, job("other", workers_range=(8, 8))], nodes(gpu=(2, 8)), NOW_S)
+    assert {key: dict(one.devices_per_node) for key, one in answer.items() if one is not None} == {
+        "wary": {"gpu-01": 8},
+        "other": {"gpu-00": 8},
+    }
+    assert (answer["wary"] or answer["other"]).reasons[0] == "resumes on 8 gpu"  # type: ignore[union-attr]
+
+
+def test_room_is_made_for_a_run_that_can_be_on_one_node_only() -> None:
+    wary = job("wary", workers_range=(8, 8), avoid=frozenset({"gpu-00"}), priority=4)
+    settled = running(job("settled", workers_range=(8, 8), restart_cost_s=1.0), {"gpu-01": 8})
+    answer = make_policy("goodput").allocate([wary, settled], nodes(gpu=(2, 8)), NOW_S)
+    assert {key: dict(one.devices_per_node) for key, one in answer.items() if one is not None} == {
+        "wary": {"gpu-01": 8},
+        "settled": {"gpu-00": 8},
+    }
+
+
+@pytest.mark.parametrize("name", ["fair", "goodput"])
+def test_a_node_that_most_avoid_is_not_kept_idle_for_them(name: str) -> None:
+    """A policy that only counted would promise its devices to the two that will not use it."""
+    wary = [
+        job(f"wary-{index}", workers_range=(4, 4), avoid=frozenset({"gpu-00"}), priority=3, age_s=900.0)
+        for index in range(2)
+    ]
+    answer = make_policy(name).allocate([*wary, job("other", workers_range=(4, 4))], nodes(gpu=(2, 4)), NOW_S)
+    assert {key: dict(one.devices_per_node) for key, one in answer.items() if one is not None} == {
+        "wary-0": {"gpu-01": 4},
+        "other": {"gpu-00": 4},
+    }
+
+
+@every_policy
+def test_a_run_that_avoids_all_nodes_large_enough_waits_and_says_so(name: str) -> None:
+    wary = job("wary", workers_range=(4, 8), avoid=frozenset({"gpu-00"}))
+    answer = make_policy(name).allocate([wary], {"gpu-00": ("gpu", 8), "gpu-01": ("gpu", 2)}, NOW_S)
+    assert answer["wary"] is None
+    assert answer.waiting["wary"] == "needs 4 devices on other nodes than gpu-00, where it has failed"
+
+
+@pytest.mark.parametrize("name", ["fair", "goodput"])
+def test_runs_that_avoid_one_node_take_turns_on_the_others(name: str) -> None:
+    views = {
+        f"run-{index}": job(f"run-{index}", age_s=0.0, workers_range=(4, 4), avoid=frozenset({"gpu-00"}))
+        for index in range(3)
+    }
+    has = dict.fromkeys(views, 0.0)
+    for minute in range(180):
+        asked = [
+            replace(view, submitted_s=10_000.0, age_s=60.0 * minute, attained_device_s=has[name])
+            for name, view in views.items()
+        ]
+        for key, one in make_policy(name).allocate(asked, nodes(gpu=(2, 4)), 10_000.0 + 60.0 * minute).items():
+            views[key] = replace(views[key], current=one)
+            has[key] += 0.0 if one is None else 60.0 * one.devices
+    assert min(has.values()) > 0.2 * sum(has.values())
 
 
 @every_policy

@@ -20,7 +20,8 @@ manifests = pytest.importorskip("manifests", reason="kubernetes-validate is not 
 SECRET = "Vfx7-not-to-be-seen"
 VALUES: dict[str, Any] = {
     "workerGroups": {"cpu": {}, "a100": {"gpu": {"count": 2, "product": "NVIDIA-A100"}, "spot": "karpenter"}},
-    "jobs": {"digits": {"job": "jobs.vision:digits"}},
+    "jobs": {"digits": {"job": "jobs.vision:digits", "cluster": "own"}, "queued": {"job": "jobs.vision:digits"}},
+    "fleet": {"enabled": True, "quotas": {"default": 4}},
     "storage": {"uri": "s3://runs/team", "s3": {"existingSecret": "s3"}},
     "auth": {"secretName": "ray-token"},
     "gcsFaultTolerance": {"enabled": True, "redis": {"deploy": True}, "passwordSecret": {"name": "redis"}},
@@ -86,6 +87,16 @@ def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed
     assert "somebody-elses" in kubectl(api, "get", "configmaps", "-o", "name")
     assert "secret/s3" in kubectl(api, "get", "secrets", "-o", "name"), "existing secrets are not the chart's to delete"
     kubectl(api, "delete", "configmap", "somebody-elses")
+
+
+def test_notes_say_where_a_run_goes_and_how_it_is_watched(installed: Tools) -> None:
+    notes = helm(installed, "get notes")
+    assert "orchestrator submit jobs.vision:digits --queue default" in notes
+    assert "A run on the team's cluster, by anybody" in notes
+    assert "orchestrator logs queued --follow" in notes
+    assert "logs --follow job/team-orchestrator-digits" in notes
+    assert "logs --follow job/team-orchestrator-queued" not in notes
+    assert "the autoscaler adds no node" not in notes
 
 
 def test_pod_templates_pass_a_server_side_dry_run(installed: Tools) -> None:

@@ -96,7 +96,9 @@ def test_every_object_of_a_preset_is_valid(tools: Tools, schemas: Any, preset: P
 def test_every_object_of_random_values_is_valid(schemas: Any, random_objects: list[dict[str, Any]]) -> None:
     found = with_embedded(random_objects)
     assert len(of_kind(found, "RayCluster")) > RANDOM / 2
-    assert len(of_kind(found, "RayJob")) > RANDOM
+    jobs = of_kind(found, "RayJob")
+    assert len(jobs) > RANDOM
+    assert {job["spec"]["submissionMode"] for job in jobs if shared(job)} == {"HTTPMode", "K8sJobMode"}
     assert not problems(schemas, found)
 
 
@@ -108,6 +110,28 @@ def problems(schemas: Any, found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def shared(manifest: dict[str, Any]) -> bool:
+    """Whether a RayJob names a cluster instead of describing one."""
+    return "clusterSelector" in manifest["spec"]
+
+
+def sharing_errors(manifest: dict[str, Any]) -> list[str]:
+    """The operator's rules for such a RayJob; the fields named last it takes and passes over."""
+    spec = manifest["spec"]
+    refused = [name for name in ("suspend", "backoffLimit", "ttlSecondsAfterFinished") if spec.get(name)]
+    useless = [name for name in ("rayClusterSpec", "shutdownAfterJobFinishes", "activeDeadlineSeconds") if name in spec]
+    wrong = [*refused, *useless]
+    if spec["submissionMode"] not in ("K8sJobMode", "HTTPMode"):
+        wrong.append("submissionMode")
+    if not spec["clusterSelector"].get("ray.io/cluster"):
+        wrong.append("clusterSelector")
+    if spec["submissionMode"] != "K8sJobMode" and "submitterPodTemplate" in spec:
+        wrong.append("submitterPodTemplate")
+    if "kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"]:  # Kueue admits clusters
+        wrong.append("a queue of Kueue's")
+    return wrong
+
+
 def operator_errors(manifest: dict[str, Any]) -> list[str]:  # noqa: C901 - one line per rule
     """The operator's rules that no schema holds."""
     kind, name, spec = manifest["kind"], manifest["metadata"]["name"], manifest.get("spec", {})
@@ -117,6 +141,8 @@ def operator_errors(manifest: dict[str, Any]) -> list[str]:  # noqa: C901 - one 
     queued = "kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"]
     if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > {"RayCluster": 53, "RayJob": 47}[kind]:
         wrong.append("name")
+    if kind == "RayJob" and shared(manifest):
+        return wrong + sharing_errors(manifest)
     if kind == "RayJob":
         shuts_down = spec["shutdownAfterJobFinishes"]
         if (spec.get("ttlSecondsAfterFinished") or spec.get("suspend") or queued) and not shuts_down:
@@ -235,6 +261,56 @@ def test_a_run_keeps_its_name_and_has_its_own_groups(tools: Tools) -> None:
     assert len(only(found, "RayCluster")["spec"]["workerGroupSpecs"]) == 2
 
 
+FLEET: dict[str, Any] = {"fleet": {"enabled": True}, "storage": {"uri": "s3://runs/team"}}
+
+
+def test_with_a_fleet_runs_share_the_team_s_cluster_unless_they_want_their_own(tools: Tools) -> None:
+    jobs = {
+        "digits": {"job": "jobs.vision:digits", "queue": "team-a", "priority": -3, "deadlineSeconds": 3600},
+        "mine": {"job": "jobs.vision:digits", "cluster": "own"},
+        "watched": {"job": "jobs.vision:digits", "submissionMode": "K8sJobMode", "runName": "w"},
+    }
+    found = {job["metadata"]["name"]: job for job in of_kind(rendered(tools, {**FLEET, "jobs": jobs}), "RayJob")}
+    command = "exec python -m orchestrator run jobs.vision:digits --set checkpoint.uri=s3://runs/team"
+    assert found["team-orchestrator-digits"]["spec"] == {
+        "entrypoint": f"{command} --set fleet.deadline_s=3600 --set fleet.priority=-3 --set fleet.queue=team-a "
+        "--set name=digits",
+        "entrypointNumCpus": 1,
+        "submissionMode": "HTTPMode",
+        "clusterSelector": {"ray.io/cluster": "team-orchestrator"},
+        "metadata": {"orchestrator_run": "digits"},
+    }
+    watched = found["team-orchestrator-watched"]["spec"]
+    assert watched["entrypoint"] == f"{command} --set fleet.queue=default --set name=w"
+    assert watched["metadata"] == {"orchestrator_run": "w"}
+    assert watched["submitterPodTemplate"]
+    own = found["team-orchestrator-mine"]["spec"]
+    assert (own["backoffLimit"], "clusterSelector" in own, "fleet" in own["entrypoint"]) == (3, False, False)
+
+
+def test_without_a_fleet_nothing_is_shared(tools: Tools) -> None:
+    found = with_embedded(rendered(tools, JOB))
+    assert not any(map(shared, of_kind(found, "RayJob")))
+    assert "ORCHESTRATOR_FLEET" not in json.dumps(found)
+
+
+def test_the_head_tells_the_fleet_s_service_how_the_cluster_is_shared(tools: Tools) -> None:
+    assert fleet_environment(tools, FLEET) == {"POLICY": "goodput", "URI": "s3://runs/team/.fleet"}
+    more = {"policy": "fair", "quotas": {"team-b": 12000000, "team-a": 0}, "uri": "s3://books/fleet"}
+    assert fleet_environment(tools, {**FLEET, "fleet": {"enabled": True, **more}}) == {
+        "POLICY": "fair",
+        "URI": "s3://books/fleet",
+        "QUOTAS": "team-a=0,team-b=12000000",
+    }
+
+
+def fleet_environment(tools: Tools, values: dict[str, Any]) -> dict[str, str]:
+    (head,) = (t for where, t in manifests.pods(only(rendered(tools, values), "RayCluster")) if where == "head")
+    said = {variable["name"]: variable.get("value") for variable in head["spec"]["containers"][0]["env"]}
+    prefix = "ORCHESTRATOR_FLEET_"
+    return {name.removeprefix(prefix): value for name, value in said.items() if name.startswith(prefix)}
+
+
 def test_disruption_budgets_are_the_workers_and_on_request_the_heads(tools: Tools) -> None:
     """Of today's API; an older server, which gets the older one, is in test_api_server.py."""
     assert only(rendered(tools), "PodDisruptionBudget")["apiVersion"] == "policy/v1"
@@ -268,6 +344,14 @@ def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
         ({"clutser": {}}, "additional properties 'clutser'"),
         ({"networkPolicy": {"submitterNamespaces": [{}]}}, "/networkPolicy/submitterNamespaces/0"),
         ({"gcsFaultTolerance": {"redisAddress": "redis"}}, "/gcsFaultTolerance/redisAddress"),
+        ({"fleet": {"policy": "lottery"}}, "/fleet/policy"),
+        ({"fleet": {"quotas": {"Team A": 1}}}, "/fleet/quotas': additional properties 'Team A'"),
+        ({"fleet": {"quotas": {"a": -1}}}, "/fleet/quotas/a"),
+        ({"fleet": {"uri": "books"}}, "/fleet/uri"),
+        ({"jobs": {"x": {"job": "a:b", "cluster": "shared"}}}, "/jobs/x/cluster"),
+        ({"jobs": {"x": {"job": "a:b", "queue": "Team A"}}}, "/jobs/x/queue"),
+        ({"jobs": {"x": {"job": "a:b", "priority": 11}}}, "/jobs/x/priority"),
+        ({"jobDefaults": {"deadlineSeconds": -1}}, "/jobDefaults/deadlineSeconds"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -275,6 +359,10 @@ def test_a_wrong_value_is_refused_and_named(tools: Tools, values: dict[str, Any]
     done = tools.template(values=values)
     assert done.code != 0
     assert field in done.err
+
+
+def in_fleet(**fields: Any) -> dict[str, Any]:
+    return {**FLEET, "jobs": {"d": {"job": "a:b", **fields}}}
 
 
 @pytest.mark.parametrize(
@@ -300,7 +388,22 @@ def test_a_wrong_value_is_refused_and_named(tools: Tools, values: dict[str, Any]
         ({"jobs": {"d": {"job": "a:b", "env": {"WANDB_API_KEY": "x"}}}}, "jobs.d.env.WANDB_API_KEY"),
         ({"env": {"DB_PASSWORD": "x"}}, "env.DB_PASSWORD looks like a credential"),
         ({"storage": {"uri": "/runs"}}, "storage.claimName"),
-        ({"storage": {"uri": "/other", "claimName": "c"}}, "not below storage.mountPath"),
+        ({"storage": {"uri": "/other", "claimName": "c"}}, 'storage.uri="/other" is not below storage.mountPath'),
+        ({**FLEET, "fleet": {"enabled": True, "uri": "/f"}}, 'fleet.uri="/f" is a folder'),
+        ({**FLEET, "cluster": {"enabled": False}}, "fleet.enabled needs cluster.enabled=true"),
+        ({"fleet": {"enabled": True}}, "fleet.enabled needs storage.uri"),
+        ({"jobs": {"d": {"job": "a:b", "cluster": "team"}}}, "jobs.d.cluster=team needs fleet.enabled=true"),
+        ({"jobs": {"d": {"job": "a:b", "queue": "q"}}}, "jobs.d.queue has no effect on a cluster of its own"),
+        (in_fleet(cluster="own", priority=1), "jobs.d.priority has no effect"),
+        (in_fleet(suspend=True), "`orchestrator queue pause RUN` does"),
+        (in_fleet(submissionMode="SidecarMode"), "jobs.d.submissionMode=SidecarMode needs a head of its own"),
+        (in_fleet(activeDeadlineSeconds=60), "recipe.stop.wall_time_s"),
+        (in_fleet(workerGroups={"cpu": {}}), "jobs.d.workerGroups: the team's cluster has its own"),
+        (in_fleet(backoffLimit=0), "jobs.d.backoffLimit: KubeRay makes no other cluster"),
+        (in_fleet(shutdownAfterJobFinishes=True), "jobs.d.shutdownAfterJobFinishes: the team's cluster stays"),
+        (in_fleet(ttlSecondsAfterFinished=1), "jobs.d.ttlSecondsAfterFinished: the team's cluster stays"),
+        (in_fleet(set={"fleet.queue": "q"}), "jobs.d.set.fleet.queue: use queue, priority and deadlineSeconds"),
+        ({**FLEET, "jobDefaults": {"suspend": True}}, "jobDefaults.suspend: KubeRay suspends no run"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

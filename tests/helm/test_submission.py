@@ -83,6 +83,9 @@ def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orches
     assert spec["runtimeEnvYAML"] == "env_vars:\n  NCCL_DEBUG: INFO\npip:\n- einops==0.8.1\n"
     assert spec["backoffLimit"] == 7
     assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"] == "cpu"
+    queued = orchestrator(*JOB, "--set", "name=queued", "--queue", "team-a")
+    assert queued.code == 2
+    assert "Have fleet.enabled=true set in its values" in queued.err
 
     again = orchestrator(*JOB, *more, "--json")
     assert again.code == 0, again.err
@@ -90,6 +93,28 @@ def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orches
     other = orchestrator(*JOB, "--set", "name=first", "--arg", "epochs=4")
     assert other.code == 2
     assert "exists with another command" in other.err
+
+
+def test_in_a_release_with_a_fleet_a_run_goes_into_a_queue_of_the_teams_cluster(
+    installed: Tools, orchestrator: Callable[..., Ended]
+) -> None:
+    words = ["--namespace", "train", "--set", "storage.uri=s3://runs/team", "--set", "fleet.enabled=true"]
+    done = installed("helm", "install", "shared", str(CHART), *words)
+    assert done.code == 0, done.err
+    try:
+        job = (*JOB[:3], "--release", "shared-orchestrator", *JOB[5:])
+        sent = orchestrator(*job, "--set", "name=urgent", "--queue", "team-a", "--priority", "5")
+        assert sent.code == 0, sent.err
+        assert "orchestrator logs --follow urgent" in sent.out
+        assert "logs --follow job/" not in sent.out
+        spec = rayjob(installed, "urgent")["spec"]
+        assert spec["clusterSelector"] == {"ray.io/cluster": "shared-orchestrator"}
+        assert "--set fleet.queue=team-a --set fleet.priority=5" in spec["entrypoint"]
+        assert "rayClusterSpec" not in spec
+        assert orchestrator(*job, "--set", "name=other").code == 0
+        assert "--set fleet.queue=default" in rayjob(installed, "other")["spec"]["entrypoint"]
+    finally:
+        installed("helm", "uninstall", "shared", "--namespace", "train")
 
 
 def test_dry_run_asks_the_server_and_stores_nothing(installed: Tools, orchestrator: Callable[..., Ended]) -> None:

@@ -1,4 +1,4 @@
-"""Runs that share a small cluster through the command line: they wait, are paused, go on, and are stopped."""
+"""Runs that share a small cluster through the command line: they wait, are paused, go on, are stopped, leave a node."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ JOB = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=40", "--set", "policy.n
 
 @dataclass(frozen=True)
 class Shared:
-    """A cluster of two CPUs, and a folder for its runs."""
+    """A cluster of two nodes with a CPU each, both on this machine, and a folder for its runs."""
 
     address: str
     folder: Path
+    nodes: tuple[subprocess.Popen[bytes], ...]
 
     def command(self, *words: str, name: str) -> subprocess.Popen[str]:
         with (self.folder / f"{name}.err").open("w") as err:
@@ -44,8 +45,8 @@ class Shared:
                 text=True,
             )
 
-    def run(self, name: str, workers: str) -> subprocess.Popen[str]:
-        settings = ("--set", f"name={name}", "--set", f"scale.workers={workers}", "--set", "fleet.policy=fifo")
+    def run(self, name: str, workers: str, *more: str) -> subprocess.Popen[str]:
+        settings = ("--set", f"name={name}", "--set", f"scale.workers={workers}", "--set", "fleet.policy=fifo", *more)
         return self.command("run", *JOB, *settings, "--queue", "team-a", "--json", name=name)
 
     def queue(self, *words: str) -> Ended:
@@ -59,6 +60,14 @@ class Shared:
     def steps(self, name: str) -> int:
         return len(records(self.folder / "runs" / name))
 
+    def attempt(self, name: str) -> int:
+        """That of the last step which the run has recorded."""
+        return max((int(record["attempt"]) for record in records(self.folder / "runs" / name)), default=0)
+
+    def workers(self) -> list[psutil.Process]:
+        family = (child for node in self.nodes for child in psutil.Process(node.pid).children(recursive=True))
+        return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
@@ -66,19 +75,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    words = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    env = {**environment(folder), "RAY_AUTH_MODE": "disabled"}
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(words, env=env, cwd=folder, stdout=log, stderr=log)
+    address = f"127.0.0.1:{port}"
+    nodes = [start_node(folder, "head", "--head", f"--port={port}", "--include-dashboard=false")]
     try:
-        wait_until(lambda: "Ray runtime started" in (folder / "head.log").read_text())
-        yield Shared(f"127.0.0.1:{port}", folder)
+        nodes.append(start_node(folder, "other", f"--address={address}"))
+        yield Shared(address, folder, tuple(nodes))
     finally:
-        family = psutil.Process(head.pid).children(recursive=True)
-        for member in [head, *family]:
+        family = [child for node in nodes for child in psutil.Process(node.pid).children(recursive=True)]
+        for member in [*nodes, *family]:
             member.kill()
-        head.wait(30)
+        for node in nodes:
+            node.wait(30)
         psutil.wait_procs(family, timeout=30)
+
+
+def start_node(folder: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    env = {**environment(folder), "RAY_AUTH_MODE": "disabled"}
+    with (folder / f"{name}.log").open("w") as log:
+        command = [RAY, "start", "--block", "--num-cpus=1", *words]
+        node = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
+    wait_until(lambda: "Ray runtime started" in (folder / f"{name}.log").read_text())
+    return node
 
 
 def wait_until(ready: Callable[[], Any]) -> None:
@@ -146,6 +163,26 @@ def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
     book = list((shared.folder / "runs" / ".fleet").glob("*.json"))
     assert len(book) == 1
     assert json.loads(book[0].read_text())["book"]["entries"] == []
+
+
+def test_a_node_on_which_workers_die_again_is_left_for_another(shared: Shared) -> None:
+    sick = shared.run("sick", "1", "--set", "checkpoint.interval_s=1000")
+    run = shared.folder / "runs" / "sick"
+    for attempt in (1, 2):
+        wait_until(lambda n=attempt: shared.attempt("sick") == n)  # type: ignore[misc]
+        for worker in shared.workers():
+            worker.kill()
+        wait_until(lambda n=attempt: len(records(run, "failures.jsonl")) == n)  # type: ignore[misc]
+    wait_until(lambda: shared.attempt("sick") == 3)
+    sick.send_signal(signal.SIGTERM)
+    assert json.loads(sick.communicate(timeout=TIMEOUT_S)[0])["state"] == "stopped"
+    first, second = records(run, "failures.jsonl")
+    assert (first["action"], second["action"], first["node"]) == ("restart", "change", second["node"])
+    assert f"starting the workers anew, without node {first['node']}" in shared.said("sick")
+    nodes = [one["nodes"] for one in records(run, "attempts.jsonl") if one["event"] == "started"]
+    assert nodes[:2] == [[first["node"]]] * 2
+    assert len(nodes) == 3
+    assert first["node"] not in nodes[2]
 
 
 def metrics(said: str) -> dict[str, float]:

@@ -115,6 +115,11 @@ def test_a_runs_name_is_its_last_attempt_and_an_id_is_that_attempt() -> None:
     assert named("digits.1", known) == first
     assert named("digits", [first]) == named("digits.1", [first]) == first
     assert named("digit", known) is None
+    made_again = attempt(1, submission_id="team-digits-x7f2k", started_s=9.0)
+    assert (
+        named("digits", [attempt(1, "FAILED", submission_id="team-digits-a1b2c", started_s=3.0), made_again])
+        == made_again
+    )
 
 
 def test_exit_codes() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,19 @@ import pytest
 from jobs import vision
 from orchestrator.config import apply_overrides
 from orchestrator.errors import ConfigError
-from orchestrator.fleet.book import Report
+from orchestrator.fleet.book import Book, Report
 from orchestrator.fleet.fair import FairPolicy
 from orchestrator.fleet.view import Allocation, JobView, Nodes
 from orchestrator.job import Job
 from orchestrator.launching.fleet import FleetSettings, Patient, Seat
-from orchestrator.launching.membership import Learned, registration, seated, why_to_move
+from orchestrator.launching.membership import (
+    Learned,
+    Member,
+    registration,
+    seated,
+    wait_for_devices,
+    why_to_move,
+)
 from orchestrator.launching.planner import make_job_plan
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.layout import Layout
@@ -92,6 +99,67 @@ HERE, MORE = Allocation("cpu", {"n1": 1}, Layout(1, 64, 1)), Allocation("cpu", {
 )
 def test_a_run_keeps_what_it_has_until_its_new_devices_are_free_or_others_wait(seat: Seat, why: str | None) -> None:
     assert why_to_move(seat, HERE) == why
+
+
+class TwoNodes:
+    """A fleet of two nodes with two CPUs each, in this process; ``deaf`` while it hears no reports."""
+
+    deaf = False
+
+    def __init__(self, settings: FleetSettings) -> None:
+        self.book = Book()
+
+    def ask(self, method: str, *values: Any) -> Any:
+        if method == "end":
+            return None
+        facts, _, report = values
+        if facts.name not in self.book.entries:
+            self.book = self.book.register(facts, 0.0)
+        if report is not None and not TwoNodes.deaf:
+            self.book = self.book.report(facts.name, report, 0.0)
+        self.book = self.book.decide(FairPolicy(), Nodes({"n1": ("cpu", 2), "n2": ("cpu", 2)}), 0.0)
+        return Seat(self.book.told(facts.name), self.book.entries[facts.name].why, ready=True)
+
+
+@pytest.fixture
+def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Member]:
+    monkeypatch.setattr("orchestrator.launching.membership.FleetClient", TwoNodes)
+    monkeypatch.setattr("orchestrator.launching.membership.POLL_S", 0.02)
+    monkeypatch.setattr(TwoNodes, "deaf", False)
+    folder = RunFolder(tmp_path)
+    folder.create()
+    given = job("scale.workers=2")
+    made = Member(registration(given.config, planned(given), 0.0), FleetSettings.of(given.config), folder, "driver")
+    yield made
+    made.leave()
+
+
+def offered(member: Member) -> Allocation:
+    told = wait_for_devices(member, lambda _: None, lambda: True)
+    assert told is not None
+    return told
+
+
+def test_a_run_that_leaves_a_node_is_offered_another_one(member: Member) -> None:
+    first = offered(member)
+    member.here = None
+    member.avoid(first.devices_per_node)
+    second = offered(member)
+    assert set(first.devices_per_node) | set(second.devices_per_node) == {"n1", "n2"}
+    member.look()
+    member.here = None
+    assert offered(member) == second, "what it tells later takes nothing back"
+
+
+def test_a_run_starts_on_no_node_that_it_avoids_whatever_it_is_offered(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = offered(member)
+    monkeypatch.setattr(TwoNodes, "deaf", True)
+    member.avoid(first.devices_per_node)
+    assert wait_for_devices(member, lambda _: None, iter([True] * 4 + [False]).__next__) is None
+    monkeypatch.setattr(TwoNodes, "deaf", False)
+    assert set(offered(member).devices_per_node).isdisjoint(first.devices_per_node)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from orchestrator.errors import RequestError
 from orchestrator.job import load
 from orchestrator.launching.jobs import Extras
 from orchestrator.launching.preflight import RunRequest
-from orchestrator.launching.rayjobs import make_rayjob
+from orchestrator.launching.rayjobs import Published, make_rayjob
 
 TEMPLATE: dict[str, Any] = {
     "kind": "RayJob",
@@ -20,10 +20,19 @@ TEMPLATE: dict[str, Any] = {
 }
 
 
-def rayjob(name: str, *overrides: str, extras: Extras | None = None) -> dict[str, Any]:
+SHARED: dict[str, Any] = {
+    "kind": "RayJob",
+    "metadata": {"name": "run"},
+    "spec": {"entrypoint": "", "clusterSelector": {"ray.io/cluster": "team"}, "metadata": {"orchestrator_run": "run"}},
+}
+
+
+def rayjob(
+    name: str, *overrides: str, extras: Extras | None = None, template: dict[str, Any] = TEMPLATE, queue: str = ""
+) -> dict[str, Any]:
     request = RunRequest(job="jobs.vision:digits", overrides=(f"name={name}", *overrides))
     config = load(request.job, request.args, request.overrides).config
-    return make_rayjob(TEMPLATE, "s3://runs/team", request, config, extras or Extras())
+    return make_rayjob(Published(template, "s3://runs/team", queue), request, config, extras or Extras())
 
 
 @pytest.mark.parametrize(
@@ -39,6 +48,23 @@ def test_any_name_of_a_run_is_one_of_an_object(name: str, object_name: str) -> N
 def test_the_team_s_storage_is_used_unless_the_run_says_another() -> None:
     assert " --set checkpoint.uri=s3://runs/team --set name=a" in rayjob("a")["spec"]["entrypoint"]
     assert "s3://runs/team" not in rayjob("a", "checkpoint.uri=/mine")["spec"]["entrypoint"]
+
+
+def test_on_the_team_s_cluster_a_run_is_in_a_queue_and_known_by_its_name() -> None:
+    spec = rayjob("a_1", template=SHARED, queue="default")["spec"]
+    assert spec["entrypoint"].endswith(" --set checkpoint.uri=s3://runs/team --set fleet.queue=default --set name=a_1")
+    assert spec["entrypoint"].startswith("exec python -m orchestrator run ")
+    assert spec["metadata"] == {"orchestrator_run": "a_1"}
+    more = ("fleet.queue=team-a", "fleet.priority=5")
+    command = rayjob("a", *more, template=SHARED, queue="default")["spec"]["entrypoint"]
+    assert command.endswith(" --set name=a --set fleet.queue=team-a --set fleet.priority=5")
+    assert "fleet.queue=default" not in command
+
+
+def test_a_queue_is_refused_where_each_run_has_a_cluster_of_its_own() -> None:
+    with pytest.raises(RequestError, match=r"fleet.queue='team-a': this release gives each run a cluster of its own"):
+        rayjob("a", "fleet.queue=team-a")
+    assert "fleet.queue" not in rayjob("a")["spec"]["entrypoint"]
 
 
 def test_the_template_is_kept_and_not_changed() -> None:

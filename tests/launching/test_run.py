@@ -288,7 +288,7 @@ def test_a_run_with_a_range_of_workers_follows_the_cluster(
         wait_for_step(folder, 40, process)
     wait_until(lambda: len(starts_of(folder)) == 2, process)
     with node_of(head, tmp_path / "second"):
-        out, err = process.communicate(timeout=TIMEOUT_S)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     first, fewer, more = starts_of(folder)
     assert [start["workers"] for start in (first, fewer, more)] == [2, 1, 2]

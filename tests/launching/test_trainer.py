@@ -48,3 +48,4 @@ def test_what_is_avoided_already_is_no_room(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ray, "nodes", lambda: said)
     assert spare_nodes(plan_on("cpu"), ScaleConfig(workers=2), ["a"]) == {"b", "c"}
     assert spare_nodes(plan_on("cpu"), ScaleConfig(workers=4), ["a"]) == set()
+    assert spare_nodes(plan_on("cpu"), ScaleConfig(workers=4), ["a"], fewest=2) == {"b", "c"}

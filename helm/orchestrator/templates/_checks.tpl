@@ -6,8 +6,9 @@
 {{- end -}}
 {{- range $name, $fields := .Values.jobs -}}
 {{- $job := mergeOverwrite (deepCopy $.Values.jobDefaults) (deepCopy (default dict $fields)) -}}
-{{- include "orchestrator.checkJob" (dict "root" $ "name" $name "job" $job) -}}
+{{- include "orchestrator.checkJob" (dict "root" $ "name" $name "job" $job "fields" (default dict $fields)) -}}
 {{- end -}}
+{{- include "orchestrator.checkPlacement" (dict "root" . "path" "jobDefaults" "job" .Values.jobDefaults "fields" dict) -}}
 {{- end -}}
 
 {{- define "orchestrator.checkCluster" -}}
@@ -53,11 +54,19 @@
 {{- if and $values.kueue.priorityClass (not $values.kueue.queueName) -}}
 {{- fail "kueue.priorityClass has no effect without kueue.queueName: set it too" -}}
 {{- end -}}
-{{- if and (hasPrefix "/" $values.storage.uri) (not $values.storage.claimName) -}}
-{{- fail (printf "storage.uri=%q is a folder, and the pods' root is not shared: set storage.claimName to a ReadWriteMany claim, or use s3://BUCKET/PREFIX" $values.storage.uri) -}}
+{{- range $path, $uri := dict "storage.uri" $values.storage.uri "fleet.uri" $values.fleet.uri -}}
+{{- if and (hasPrefix "/" $uri) (not $values.storage.claimName) -}}
+{{- fail (printf "%s=%q is a folder, and the pods' root is not shared: set storage.claimName to a ReadWriteMany claim, or use s3://BUCKET/PREFIX" $path $uri) -}}
 {{- end -}}
-{{- if and $values.storage.claimName (hasPrefix "/" $values.storage.uri) (not (hasPrefix (printf "%s/" (trimSuffix "/" $values.storage.mountPath)) (printf "%s/" $values.storage.uri))) -}}
-{{- fail (printf "storage.uri=%q is not below storage.mountPath=%q: what is written there would be lost" $values.storage.uri $values.storage.mountPath) -}}
+{{- if and (hasPrefix "/" $uri) (not (hasPrefix (printf "%s/" (trimSuffix "/" $values.storage.mountPath)) (printf "%s/" $uri))) -}}
+{{- fail (printf "%s=%q is not below storage.mountPath=%q: what is written there would be lost" $path $uri $values.storage.mountPath) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.fleet.enabled (not $values.cluster.enabled) -}}
+{{- fail "fleet.enabled needs cluster.enabled=true: without the team's cluster there is nothing to share" -}}
+{{- end -}}
+{{- if and $values.fleet.enabled (not $values.storage.uri) -}}
+{{- fail "fleet.enabled needs storage.uri: runs that share a cluster go on elsewhere from their checkpoints; set storage.uri=s3://BUCKET/PREFIX, or storage.claimName and a folder there" -}}
 {{- end -}}
 {{- end -}}
 
@@ -102,6 +111,12 @@
 {{- if hasKey .set "name" -}}
 {{- fail (printf "%s.set.name: use %s.runName" $path $path) -}}
 {{- end -}}
+{{- range $field, $_ := .set -}}
+{{- if hasPrefix "fleet." $field -}}
+{{- fail (printf "%s.set.%s: use queue, priority and deadlineSeconds of %s; fleet.policy and fleet.uri are the cluster's" $path $field $path) -}}
+{{- end -}}
+{{- end -}}
+{{- include "orchestrator.checkPlacement" (dict "root" $.root "path" $path "job" . "fields" $.fields) -}}
 {{- include "orchestrator.checkSecrets" (dict "path" (printf "%s.env" $path) "env" .env) -}}
 {{- range $name, $_ := .workerGroups -}}
 {{- if not (hasKey $.root.Values.workerGroups $name) -}}
@@ -112,6 +127,49 @@
 {{- $groups := include "orchestrator.jobGroups" (dict "root" .root "groups" .job.workerGroups) | fromYaml -}}
 {{- range $name, $group := $groups -}}
 {{- include "orchestrator.checkGroup" (dict "root" $.root "name" $name "path" (printf "%s.workerGroups.%s" $path $name) "group" $group) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What goes together with the cluster a run is on: dict root, path, job (all fields), fields (those of the entry itself). */}}
+{{- define "orchestrator.checkPlacement" -}}
+{{- if and (eq .job.cluster "team") (not .root.Values.fleet.enabled) -}}
+{{- fail (printf "%s.cluster=team needs fleet.enabled=true: runs on one cluster without queues would wait for each other's devices for ever" .path) -}}
+{{- end -}}
+{{- if include "orchestrator.shared" . -}}
+{{- include "orchestrator.checkShared" . -}}
+{{- else -}}
+{{- range $name := list "queue" "priority" "deadlineSeconds" -}}
+{{- if hasKey $.fields $name -}}
+{{- fail (printf "%s.%s has no effect on a cluster of its own: set fleet.enabled=true, and leave cluster empty" $.path $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* KubeRay's rules for a RayJob that names a cluster instead of describing one, and what it would pass over in silence. */}}
+{{- define "orchestrator.checkShared" -}}
+{{- $path := .path -}}
+{{- with .job -}}
+{{- if .suspend -}}
+{{- fail (printf "%s.suspend: KubeRay suspends no run on the team's cluster; `orchestrator queue pause RUN` does, or set %s.cluster=own" $path $path) -}}
+{{- end -}}
+{{- if eq .submissionMode "SidecarMode" -}}
+{{- fail (printf "%s.submissionMode=SidecarMode needs a head of its own: leave it empty, or set %s.cluster=own" $path $path) -}}
+{{- end -}}
+{{- if .activeDeadlineSeconds -}}
+{{- fail (printf "%s.activeDeadlineSeconds: on the team's cluster KubeRay would call the run failed and let it go on; bound it with %s.set: {recipe.stop.wall_time_s: SECONDS}, or set %s.cluster=own" $path $path $path) -}}
+{{- end -}}
+{{- if .workerGroups -}}
+{{- fail (printf "%s.workerGroups: the team's cluster has its own; leave them out, or set %s.cluster=own" $path $path) -}}
+{{- end -}}
+{{- end -}}
+{{- if hasKey .fields "backoffLimit" -}}
+{{- fail (printf "%s.backoffLimit: KubeRay makes no other cluster for a run on the team's; leave it out: in HTTPMode, the default, a run that a lost head forgot is handed over again" $path) -}}
+{{- end -}}
+{{- range $name := list "shutdownAfterJobFinishes" "ttlSecondsAfterFinished" -}}
+{{- if hasKey $.fields $name -}}
+{{- fail (printf "%s.%s: the team's cluster stays when a run has finished; leave it out, or set %s.cluster=own" $path $name $path) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

@@ -83,6 +83,7 @@ capabilities:
 {{- with .Values.gcsFaultTolerance }}{{ if .enabled }}{{ $_ := set $env "RAY_gcs_rpc_server_reconnect_timeout_s" (toString .reconnectTimeoutSeconds) }}{{ end }}{{ end -}}
 {{- if ne (toString .Values.monitoring.podMonitor) "false" }}{{ $_ := set $env "ORCHESTRATOR_HUB_BIND" "0.0.0.0" }}{{ end -}}
 {{- with .Values.storage.s3.endpointUrl }}{{ $_ := set $env "AWS_ENDPOINT_URL" . }}{{ end -}}
+{{- if .Values.fleet.enabled }}{{ $_ := mergeOverwrite $env (include "orchestrator.fleetEnv" . | fromYaml) }}{{ end -}}
 {{- with .Values.storage.s3.region }}{{ $_ := mergeOverwrite $env (dict "AWS_REGION" . "AWS_DEFAULT_REGION" .) }}{{ end -}}
 {{- range $name, $value := mergeOverwrite $env (deepCopy .Values.env) }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
@@ -96,6 +97,17 @@ capabilities:
       key: {{ $key }}
       optional: {{ eq $key "AWS_SESSION_TOKEN" }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What the fleet's service reads on the head, as YAML: it stands over what the first run says. */}}
+{{- define "orchestrator.fleetEnv" -}}
+{{- $quotas := list -}}
+{{- range $queue, $devices := .Values.fleet.quotas }}{{ $quotas = append $quotas (printf "%s=%d" $queue (int $devices)) }}{{ end -}}
+ORCHESTRATOR_FLEET_POLICY: {{ .Values.fleet.policy }}
+ORCHESTRATOR_FLEET_URI: {{ default (printf "%s/.fleet" (trimSuffix "/" .Values.storage.uri)) .Values.fleet.uri | quote }}
+{{- with $quotas }}
+ORCHESTRATOR_FLEET_QUOTAS: {{ join "," . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -314,14 +326,30 @@ workerGroupSpecs:
 {{- toYaml $all -}}
 {{- end -}}
 
-{{/* The command of a run: dict root, name, job. */}}
+{{/* Whether a run is on the team's cluster, which others use too: dict root, job. */}}
+{{- define "orchestrator.shared" -}}
+{{- if or (eq .job.cluster "team") (and (not .job.cluster) .root.Values.fleet.enabled) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* How the operator hands a run over: dict root, job. With HTTPMode it does so again after a lost head. */}}
+{{- define "orchestrator.submissionMode" -}}
+{{- default (ternary "HTTPMode" "K8sJobMode" (eq (include "orchestrator.shared" .) "yes")) .job.submissionMode -}}
+{{- end -}}
+
+{{/* The command of a run: dict root, name, job. Without a shell between, a stop on a cluster that stays is heard at once. */}}
 {{- define "orchestrator.entrypoint" -}}
-{{- $words := list "python" "-m" "orchestrator" "run" .job.job -}}
+{{- $shared := include "orchestrator.shared" . -}}
+{{- $words := concat (ternary (list "exec") list (eq $shared "yes")) (list "python" "-m" "orchestrator" "run" .job.job) -}}
 {{- range $name, $value := .job.args -}}
 {{- $words = concat $words (list "--arg" (printf "%s=%s" $name (include "orchestrator.value" $value))) -}}
 {{- end -}}
 {{- $set := dict "name" (default .name .job.runName) -}}
 {{- with .root.Values.storage.uri }}{{ $_ := set $set "checkpoint.uri" . }}{{ end -}}
+{{- if $shared -}}
+{{- $_ := set $set "fleet.queue" .job.queue -}}
+{{- with int .job.priority }}{{ $_ := set $set "fleet.priority" . }}{{ end -}}
+{{- with int .job.deadlineSeconds }}{{ $_ := set $set "fleet.deadline_s" . }}{{ end -}}
+{{- end -}}
 {{- range $field, $value := mergeOverwrite $set (deepCopy .job.set) -}}
 {{- $words = concat $words (list "--set" (printf "%s=%s" $field (include "orchestrator.value" $value))) -}}
 {{- end -}}
@@ -340,6 +368,8 @@ workerGroupSpecs:
 {{- define "orchestrator.rayJob" -}}
 {{- $root := .root -}}
 {{- $job := .job -}}
+{{- $shared := include "orchestrator.shared" . -}}
+{{- $mode := include "orchestrator.submissionMode" . -}}
 apiVersion: ray.io/v1
 kind: RayJob
 metadata:
@@ -347,7 +377,9 @@ metadata:
   namespace: {{ $root.Release.Namespace }}
   labels:
     {{- include "orchestrator.labels" $root | nindent 4 }}
+    {{- if not $shared }}
     {{- include "orchestrator.kueue" $root | nindent 4 }}
+    {{- end }}
 spec:
   entrypoint: {{ include "orchestrator.entrypoint" (dict "root" $root "name" .name "job" $job) | quote }}
   {{- with include "orchestrator.runtimeEnv" $job }}
@@ -355,7 +387,17 @@ spec:
     {{- . | nindent 4 }}
   {{- end }}
   entrypointNumCpus: {{ $job.entrypointCpus }}
-  submissionMode: {{ $job.submissionMode }}
+  submissionMode: {{ $mode }}
+  {{- if eq $mode "K8sJobMode" }}
+  submitterPodTemplate:
+    {{- include "orchestrator.submitter" $root | nindent 4 }}
+  {{- end }}
+  {{- if $shared }}
+  clusterSelector:
+    ray.io/cluster: {{ include "orchestrator.fullname" $root }}
+  metadata:
+    orchestrator_run: {{ default .name $job.runName }}
+  {{- else }}
   backoffLimit: {{ $job.backoffLimit }}
   {{- with $job.activeDeadlineSeconds }}
   activeDeadlineSeconds: {{ . }}
@@ -367,13 +409,10 @@ spec:
   {{- if $job.suspend }}
   suspend: true
   {{- end }}
-  {{- if eq $job.submissionMode "K8sJobMode" }}
-  submitterPodTemplate:
-    {{- include "orchestrator.submitter" $root | nindent 4 }}
-  {{- end }}
   rayClusterSpec:
     {{- $groups := include "orchestrator.jobGroups" (dict "root" $root "groups" $job.workerGroups) | fromYaml }}
     {{- include "orchestrator.clusterSpec" (dict "root" $root "groups" $groups "standing" false) | nindent 4 }}
+  {{- end }}
 {{- end -}}
 
 {{/* The pod that hands the run over; the operator fills in its command. */}}
