@@ -62,14 +62,17 @@ class Hosts:
     password: str
 
     def __call__(self, verb: str, *words: str, **more: str) -> None:
-        done = subprocess.run(
+        ended = self._script(verb, *words, **more)
+        assert ended == 0, [path.read_text() for path in self.folder.glob("*.log")]
+
+    def _script(self, verb: str, *words: str, **more: str) -> int:
+        return subprocess.run(
             ["bash", str(SCRIPT), verb, str(self.folder), *words],
             env={**self.environment(), **more},
             cwd=self.folder,
             timeout=TIMEOUT_S,
             check=False,
-        )
-        assert done.returncode == 0, [path.read_text() for path in self.folder.glob("*.log")]
+        ).returncode
 
     def environment(self, token: str = TOKEN) -> dict[str, str]:
         kept = {key: value for key, value in environment(self.folder).items() if not key.startswith("RAY_")}
@@ -78,8 +81,14 @@ class Hosts:
         return {**kept, **own, "PATH": path, "RAY_API_SERVER_ADDRESS": ADDRESS}
 
     def start_head(self) -> None:
+        """Ray gives a head 30 s to start in; on a busy machine that may be too few, and whoever runs it tries again."""
         redis = {"RAY_REDIS_ADDRESS": "10.77.0.4:6380", "RAY_ARGS": f"--redis-password={self.password}"}
-        self("start", "head", CPUS="0", **redis, **HEAD_MAY_GO)
+        for _ in range(3):
+            (self.folder / "head.log").unlink(missing_ok=True)  # or the script reads of the last head that it started
+            if self._script("start", "head", CPUS="0", **redis, **HEAD_MAY_GO) == 0:
+                return
+            self("kill", "head")
+        raise AssertionError((self.folder / "head.log").read_text())
 
     def start(self, *words: str, token: str = TOKEN) -> subprocess.Popen[str]:
         return subprocess.Popen(
