@@ -79,18 +79,20 @@ class _Sharing(ElasticScalingPolicy):
         self._found_at: int | None = None
         """The newest checkpoint's step when room was found."""
 
-    def _count_possible_workers(self, *args: Any) -> int:
-        room = super()._count_possible_workers(*args)
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
         return max((count for count in self._counts if count <= room), default=0)
 
-    def make_decision_for_running_worker_group(self, *args: Any) -> ScalingDecision:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
         """Called by Ray Train's controller each time it has looked at its workers."""
         saved = self._found_at is not None and self._newest_step() > self._found_at
         if self._found_at is not None and not saved:
             return NoopDecision()
         if saved:
             self._found_at, self._latest_monitor_time = None, float("-inf")  # is there still room?
-        decision = super().make_decision_for_running_worker_group(*args)
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if saved or not isinstance(decision, ResizeDecision):
             return decision
         self._found_at = self._newest_step()
