@@ -23,7 +23,7 @@ from orchestrator.telemetry.metrics import TABLE
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RAY = str(Path(sys.executable).with_name("ray"))
-JOB = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=40", "--set", "policy.name=fixed")
+JOB = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=60", "--set", "policy.name=fixed")
 
 
 @dataclass(frozen=True)

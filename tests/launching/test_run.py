@@ -125,7 +125,7 @@ def test_killed_worker_is_replaced_and_a_killed_driver_leaves_nothing_and_nothin
     _, err = process.communicate()
     assert "workers were lost and replaced; going on from step" in err
     assert "raylet" not in err
-    _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=15)
+    _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=30)
     assert not alive, "whatever could write to the run ends by itself within seconds"
     _, alive = psutil.wait_procs(agents, timeout=60)
     alive = [agent for agent in alive if agent.status() != psutil.STATUS_ZOMBIE]  # dead; a container's init reaps none
