@@ -33,8 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The queues of Ray's tests take longest: the others make way for them, whose workers Ray gives a nice of 15."""
-    if "PYTEST_XDIST_WORKER" in os.environ and queue_of(item.path) not in (RAY, OWN_NETWORK):
+    if "PYTEST_XDIST_WORKER" in os.environ and queue_of(item.path) not in (RAY, OWN_NETWORK) and any_ray(item.session):
         os.setpriority(os.PRIO_PROCESS, 0, 19)
+
+
+@functools.cache
+def any_ray(session: pytest.Session) -> bool:
+    """Whether a test that starts Ray is among those that were asked for."""
+    return any(item.get_closest_marker("ray") for item in session.items)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -260,7 +260,7 @@ def test_an_override_changes_what_it_names(overrides, expected):
             "scale.worker=3",
             (
                 "unknown field 'scale.worker'; did you mean 'workers'? valid: accelerators_per_worker, "
-                "cpus_per_worker, workers"
+                "cpus_per_worker, resize_interval_s, workers"
             ),
         ),
         ("recipe.batch.x=3", "'recipe.batch' is a field, not a section: write recipe.batch=value"),

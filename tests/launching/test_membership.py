@@ -45,8 +45,9 @@ def planned(given: Job) -> Any:
 
 
 def test_a_range_of_workers_need_not_divide_the_batch_in_a_queue() -> None:
-    with pytest.raises(ConfigError, match="does not divide over every number"):
-        planned(job("fleet.queue=none"))
+    with pytest.raises(ConfigError, match="does not divide over any number"):
+        planned(job("fleet.queue=none", "scale.workers=5,7"))
+    assert planned(job("scale.workers=5,7", "recipe.batch=65")).layout == Layout(5, 13, 1)
     given = job("fleet.priority=3", "fleet.deadline_s=100")
     plan = planned(given)
     assert plan.layout == Layout(1, 64, 1)
