@@ -192,8 +192,9 @@ def workload(
 ) -> list[Arrival]:
     """Half of the runs arrive evenly, half in bursts; the time each would take alone on one device is log-normal.
 
-    As in the workloads of Pollux and Sia most runs are small and a few make most of the work (``LENGTHS``). Lengths are
-    made up; recorded trainings are stretched to them, and once more by ``lengths``.
+    Lengths are made up (``LENGTHS``); recorded trainings are stretched to them, and once more by ``lengths``. Alone on
+    one device 44 % of the runs take less than an hour, 47 % less than ten, 9 % longer; of those of Pollux (OSDI 2021,
+    GPU time) 72, 20 and 8 %. The recorded trainings, on "aws", take four minutes (ncf), one hour and four hours.
     """
     chance = np.random.default_rng([seed, 160])
     types = sorted({kind for kind, _ in CLUSTERS[cluster].values()})

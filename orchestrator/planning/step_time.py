@@ -108,6 +108,11 @@ class StepTimeModel:
         """The largest number of workers it was fitted to; None where it was fitted to nothing."""
         return round(float(np.exp(REACH * max(c[1] for c in self.centres)))) if self.centres else None
 
+    @property
+    def most_nodes_timed(self) -> int | None:
+        """As ``most_workers_timed``, of nodes."""
+        return round(float(np.exp(REACH * max(c[2] for c in self.centres)))) if self.centres else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)

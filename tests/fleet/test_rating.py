@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from fleets import job, model, nodes, running
 from orchestrator.errors import ConfigError
 from orchestrator.fleet.cluster import Fleet
-from orchestrator.fleet.rating import Options, options
+from orchestrator.fleet.rating import FIRST_ACROSS, Options, options
 from orchestrator.fleet.view import JobView
 from orchestrator.planning.step_time import StepTimeModel, StepTiming, fit_step_time, step_parts
 from orchestrator.scheduling.goodput import best_layout, rate
@@ -82,6 +83,17 @@ def test_sizes_that_were_never_tried_are_believed_in_up_to_twice_the_largest() -
     assert max(goodput_of(rated(job(step_time={"gpu": model(timed=2)})))) == 4
     assert max(goodput_of(rated(job(step_time={"gpu": model(timed=8)})))) == 16
     assert max(goodput_of(rated(running(job(step_time={"gpu": model(timed=1)}), {"gpu-00": 4})))) == 8
+
+
+def test_a_step_across_nodes_that_never_was_timed_is_taken_to_last_longer() -> None:
+    inside = model(timed=8)
+    across = replace(
+        inside, centres=(*inside.centres, (4.0, 4.0, 1.0)), accumulation_weights=(0.0,) * 2, step_weights=(0.0,) * 2
+    )
+    assert (inside.most_nodes_timed, across.most_nodes_timed, model().most_nodes_timed) == (1, 2, None)
+    cautious, timed = (goodput_of(rated(job(step_time={"gpu": one}))) for one in (inside, across))
+    assert {size: cautious[size] for size in (1, 2, 4, 8)} == {size: timed[size] for size in (1, 2, 4, 8)}
+    assert 0.999 / FIRST_ACROSS <= cautious[16] / timed[16] < 0.9
 
 
 def test_a_run_that_was_never_timed_starts_small_and_doubles() -> None:
