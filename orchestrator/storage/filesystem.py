@@ -19,8 +19,9 @@ CONNECT_S, REQUEST_S = 5, 10
 def storage_filesystem(uri: str, config: StorageConfig | None = None) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of ``uri`` and the path of ``uri`` in it, as Ray's ``storage_filesystem`` wants them.
 
-    pyarrow's default retries lost 6 of 60 checkpoints under 20 % answers of 503; ten attempts lost none. Credentials
-    are those of the AWS SDK's usual chain.
+    Under 20 % answers of 503 pyarrow's default retries lost 6 of 60 files. Ten attempts by the AWS SDK's "standard"
+    strategy lost 16 to 31 of 120 written at once, for all requests share its retry quota; by its older one, which has
+    none, no file was lost, nor under 35 %. Credentials are those of the SDK's usual chain.
     """
     if not is_s3(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
@@ -38,7 +39,7 @@ def _s3(config: StorageConfig) -> fs.FileSystem:
     if config.region:
         options["region"] = config.region
     return fs.S3FileSystem(
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS),
         connect_timeout=CONNECT_S,
         request_timeout=REQUEST_S,
         **options,

@@ -329,6 +329,8 @@ def test_a_lost_cluster_is_said_and_another_one_goes_on_from_s3(
     place = "runs-of-lost-clusters"
     kept = (*DIGITS, "--arg", "epochs=2000", "--set", "name=kept", "--set", f"checkpoint.uri=s3://{BUCKET}/{place}")
     kept = (*kept, "--set", "checkpoint.interval_s=2")
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        kept = (*kept, "--env", f"{name}={os.environ[name]}")
     sent = here("submit", *kept, "--no-follow", "--json")
     assert sent.code == 0, sent.err
     server = JobServer(head.address, patience_s=2)
