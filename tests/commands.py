@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -72,5 +73,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Ray names its processes after what they run."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended; a zombie is one, to psutil
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
