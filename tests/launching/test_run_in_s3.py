@@ -189,13 +189,15 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     reason="about four minutes on two CPUs: set ORCHESTRATOR_LONG_TESTS=1 to run it",
 )
 def test_ten_workers_killed_at_random_moments_change_nothing(
-    undisturbed: Ended, server: Weed, command: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Weed, command: Start, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While they start, restore, train, save (every tenth step) and upload: whatever the moment happens to be."""
     uri = f"s3://{BUCKET}/{secrets.token_hex(4)}"
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     fields = (f"checkpoint.uri={uri}", "checkpoint.interval_steps=10", "failures.max_restarts=10")
-    process = command(DIGITS, *(word for field in fields for word in ("--set", field)))
+    long = (DIGITS, "--arg", "epochs=40")  # or it would end before the tenth
+    left_alone = run(*long)
+    process = command(*long, *(word for field in fields for word in ("--set", field)))
     seed = secrets.randbelow(2**32)
     chance = random.Random(seed)
     kills, past = 0, set[int]()
@@ -212,8 +214,8 @@ def test_ten_workers_killed_at_random_moments_change_nothing(
     assert process.returncode == 0, (seed, err)
     stored = StoredRun(f"{uri}/digits", StorageConfig())
     copy = copy_of(stored, tmp_path)
-    assert losses(copy) == losses(Path(undisturbed.summary["folder"])), seed
-    assert json.loads(out)["metrics"] == undisturbed.summary["metrics"]
+    assert losses(copy) == losses(Path(left_alone.summary["folder"])), seed
+    assert json.loads(out)["metrics"] == left_alone.summary["metrics"]
     left = {entry.key.split("/")[1] for entry in stored.store.list("checkpoints/")}
     assert left == set(stored.checkpoints()), "what the crashes left is gone"
 
