@@ -4,10 +4,9 @@ batch. Imports Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -80,10 +79,8 @@ class _Sharing(ElasticScalingPolicy):
         self._found_at: int | None = None
         """The newest checkpoint's step when room was found."""
 
-    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
-        # Ray looks for lost nodes every 20 s here, and would wait a minute for workers on them.
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        room = super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in alive})
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
         return max((count for count in self._counts if count <= room), default=0)
 
     def make_decision_for_running_worker_group(

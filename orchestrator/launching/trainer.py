@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from orchestrator.config import RunConfig, ScaleConfig
 from orchestrator.errors import StorageError
@@ -33,16 +35,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Recovery", "make_probe_trainer", "make_trainer", "spare_nodes"]
 
+ELASTIC_START_S = 15.0
+"""How long a group of workers may take to be placed where a smaller one would do; where there is room, a second."""
+
 
 def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
+    counts = elastic_workers(config)
+    if counts:
+        # A node just lost still counts as room, until Ray has missed it for long enough: workers for it are given up
+        # on after a minute, and the next try is without it. Ray hands this on to its controller.
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{ELASTIC_START_S:g}")
     return _trainer(
         work,
         order,
         order,
         plan,
         workers=config.scale.workers,  # a range is elastic
-        counts=elastic_workers(config),
+        counts=counts,
         name="ray",
         # How often is decided by ``recovery.answer``; Ray only does as it is told.
         budgets={
