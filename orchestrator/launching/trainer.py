@@ -89,6 +89,7 @@ def _trainer(
     on_gpu = plan.device == "cuda"
     scale = order.job.config.scale
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
+    # Annotations of Ray's configs lag behind here as well.
     look: dict[str, Any] = {"elastic_resize_monitor_interval_s": scale.resize_interval_s}
     return SparingTrainer(
         function,

@@ -1,0 +1,65 @@
+"""What an elastic run asks Ray for: workers in numbers that share its batch, and no resize before it has saved."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
+from orchestrator.launching.spared import _Sharing
+
+
+class Cluster:
+    """How many workers there is room for, and the step of the newest checkpoint; no Ray behind it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room, self.saved = 1, 10
+        look: dict[str, Any] = {"num_workers": (1, 8), "elastic_resize_monitor_interval_s": 0.0}
+        self.policy = _Sharing(ScalingConfig(**look, resources_per_worker={"CPU": 1}), (1, 2, 4, 8), lambda: self.saved)
+        monkeypatch.setattr(self.policy, "_maybe_send_resource_request", lambda: None)
+        monkeypatch.setattr(self.policy, "_get_reserved_resources", lambda: {"node": {"CPU": float(self.room)}})
+
+    def looked_at(self, workers: int) -> int | None:
+        """What is decided for so many running workers: another number, or None."""
+        group: Any = SimpleNamespace(start_time=float("-inf"), num_workers=workers)
+        decision = self.policy.make_decision_for_running_worker_group(
+            worker_group_state=group, worker_group_status=SimpleNamespace()
+        )
+        assert isinstance(decision, NoopDecision | ResizeDecision)
+        return decision.num_workers if isinstance(decision, ResizeDecision) else None
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+@pytest.mark.parametrize(("room", "workers"), [(1, 1), (3, 2), (7, 4), (20, 8)])
+def test_a_group_starts_with_the_most_that_share_the_batch(cluster: Cluster, room: int, workers: int) -> None:
+    cluster.room = room
+    decision = cluster.policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == workers
+
+
+def test_a_group_grows_once_it_has_saved(cluster: Cluster) -> None:
+    assert cluster.looked_at(1) is None
+    cluster.room = 5
+    assert [cluster.looked_at(1) for _ in range(3)] == [None] * 3
+    cluster.saved = 20
+    assert cluster.looked_at(1) == 4
+    assert cluster.looked_at(4) is None, "there it is"
+
+
+def test_room_that_is_gone_again_is_not_grown_into(cluster: Cluster) -> None:
+    cluster.room = 5
+    assert cluster.looked_at(1) is None
+    cluster.room, cluster.saved = 1, 20
+    assert cluster.looked_at(1) is None
+    cluster.room = 2
+    assert cluster.looked_at(1) is None, "it waits for a checkpoint anew"
+    cluster.saved = 30
+    assert cluster.looked_at(1) == 2
