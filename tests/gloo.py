@@ -6,13 +6,14 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import socket
 import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from ports import free_port
 
 GRACE_S = 10.0
 COLLECTIVE_S = 120.0
@@ -55,9 +56,7 @@ class GlooGroup:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)

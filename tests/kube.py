@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ports import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "orchestrator"
@@ -133,7 +133,7 @@ def api_server(folder: Path) -> Iterator[Path]:
     token = secrets.token_hex(16)
     _write_keys(folder)
     (folder / "tokens.csv").write_text(f'{token},admin,1,"system:masters"\n')
-    etcd_port, peer_port, port = _free_port(), _free_port(), _free_port()
+    etcd_port, peer_port, port = free_port(), free_port(), free_port()
     started: list[subprocess.Popen[bytes]] = []
     try:
         started.append(_start(folder, "etcd", [str(tool("etcd")), *_etcd(folder, etcd_port, peer_port)]))
@@ -223,12 +223,6 @@ def _wait_ready(url: str, token: str, started: list[subprocess.Popen[bytes]], fo
         assert not dead, f"ended early: {dead}; see {folder}"
         assert time.monotonic() < deadline, f"the API server is not ready after {READY_S:.0f} s: see {folder}"
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def adapted_crd(node: Any, *, in_properties: bool = False) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from ports import free_port
 
 BUCKET = "bucket"
 KEY, SECRET = "test-key", "test-secret"
@@ -53,9 +53,9 @@ class Weed:
     def __init__(self, folder: Path, *, volume_mb: int = 64) -> None:
         self._folder = folder
         self._volume_mb = volume_mb
-        self._ports = _free_ports(4)
+        self._ports = {server: (free_port(), free_port()) for server in ("master", "volume", "filer", "s3")}
         self._process: subprocess.Popen[bytes] | None = None
-        self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
+        self.endpoint = f"http://127.0.0.1:{self._ports['s3'][0]}"
         identities = [
             _identity("admin", KEY, SECRET, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("reader", READER, READER_SECRET, ["Read", "List"]),
@@ -65,11 +65,11 @@ class Weed:
 
     def start(self) -> None:
         """Start, and wait until an object can be written and read."""
-        master, volume, filer, s3 = self._ports
         command = [
             *[str(weed_binary()), "server", f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"],
-            *[f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"],
-            *[f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"],
+            *(f"-{server}.port={port}" for server, (port, _) in self._ports.items()),
+            *(f"-{server}.port.grpc={port}" for server, (_, port) in self._ports.items()),
+            *[f"-s3.config={self._folder / 's3.json'}", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"],
             *[f"-master.volumeSizeLimitMB={self._volume_mb}", "-volume.max=64"],
         ]
         with (self._folder / "weed.log").open("ab") as log:
@@ -113,7 +113,7 @@ class Weed:
 @contextlib.contextmanager
 def faulty(endpoint: str, folder: Path, *, refused_percent: int = 20, dropped_percent: int = 3) -> Iterator[str]:
     """An address before ``endpoint`` that answers some requests with 503 and drops others without a word."""
-    (port,) = _free_ports(1)
+    port = free_port()
     config = folder / f"haproxy-{port}.cfg"
     config.write_text(
         "defaults\n  mode http\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
@@ -150,16 +150,6 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _identity(name: str, key: str, secret: str, actions: list[str]) -> dict[str, Any]:
     return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of which the one 10,000 above is free too: SeaweedFS listens there as well."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20000, 32000)
-        if port not in found and not _listens(port) and not _listens(port + 10000):
-            found.append(port)
-    return found
 
 
 def _listens(port: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import TIMEOUT_S, Ended, environment, losses, records
+from ports import free_port
 
 from orchestrator.telemetry.metrics import TABLE
 
@@ -72,9 +72,7 @@ class Shared:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     folder = tmp_path_factory.mktemp("shared")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     address = f"127.0.0.1:{port}"
     nodes = [start_node(folder, "head", "--head", f"--port={port}", "--include-dashboard=false")]
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from orchestrator.launching import monitor
 from orchestrator.launching.hub import forget_the_dead, write_target
@@ -45,7 +46,7 @@ def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
-    port = closed_port()
+    port = free_port()
     first = monitor.up(tmp_path / "prometheus", port=port)
     try:
         assert monitor.up(tmp_path / "prometheus", port=port, hubs=["127.0.0.1:9"]) == first
@@ -73,12 +74,6 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_hub_elsewhere_is_given_by_its_address(refuse: Refuse) -> None:
     assert refuse("monitor", "up", "--hub", "head") == "--hub head: write it as HOST:PORT, as in head.example:9400"
 
@@ -89,9 +84,9 @@ def test_addresses_of_dead_hubs_of_this_machine_are_taken_back(tmp_path: Path) -
         alive.listen()
         for name, target in {
             "hub-alive": f"127.0.0.1:{alive.getsockname()[1]}",
-            "hub-dead": f"127.0.0.1:{closed_port()}",
+            "hub-dead": f"127.0.0.1:{free_port()}",
             "hub-elsewhere": "192.0.2.1:9400",
-            "given": f"127.0.0.1:{closed_port()}",
+            "given": f"127.0.0.1:{free_port()}",
         }.items():
             write_target(tmp_path / f"{name}.json", target)
         (tmp_path / "hub-strange.json").write_text("no JSON")

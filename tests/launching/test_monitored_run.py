@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import TIMEOUT_S, environment
+from ports import free_port
 
 from orchestrator.telemetry.accounting import account
 from orchestrator.telemetry.dashboards import DASHBOARDS, expressions
@@ -138,8 +138,9 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
         until(lambda: has_lived(folder), process)
         found = Monitored(folder, url, "", 0.0, 0.0, 0.0)
         until(lambda: since(found, 'orchestrator_rank_seconds_total{part="forward",rank="0"}', 0.0) > 4, process)
+        hub = process_named(process, "HubActor")
+        hub.kill()
         hub_killed_at = time.time()
-        process_named(process, "HubActor").send_signal(signal.SIGKILL)
         until(lambda: since(found, "orchestrator_run_step", hub_killed_at + 3) > 2, process)
         worker_killed_at = time.time()
         process_named(process, "RayTrainWorker").send_signal(signal.SIGKILL)
@@ -181,12 +182,6 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def process_named(process: subprocess.Popen[str], name: str) -> psutil.Process:
     family = psutil.Process(process.pid).children(recursive=True)
     return next(member for member in reversed(family) if name in " ".join(member.cmdline()))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 65_000)
 
 
 def test_every_metric_of_the_table_is_there(monitored: Monitored) -> None:
@@ -278,10 +273,10 @@ def test_the_gap_of_the_killed_hub_is_visible_and_nothing_else(monitored: Monito
     assert any(monitored.hub_killed_at < moment < monitored.worker_killed_at for moment in moments)
     starts = {value for _, value in monitored.only("orchestrator_hub_start_timestamp_seconds")}
     assert len(starts) == 2, "the hub was started again"
+    restarted_at = max(starts)
     answers = [one for samples in monitored.scraped('up{job="orchestrator"}').values() for one in samples]
-    gone = [moment for moment, up in answers if not up and moment > monitored.hub_killed_at]
-    assert gone
-    before, after = max(m for m in moments if m < gone[0]), min(m for m in moments if m > gone[0])
+    assert not any(up for moment, up in answers if monitored.hub_killed_at < moment < restarted_at)
+    before, after = max(m for m in moments if m < monitored.hub_killed_at), min(m for m in moments if m > restarted_at)
     steps = dict(monitored.only("orchestrator_run_step"))
     assert steps[after] > steps[before], "it trained on"
     assert len(monitored.started) == 2, "it cost no attempt; the worker did"

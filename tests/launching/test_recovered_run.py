@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import DIGITS, TIMEOUT_S, Ended, environment, losses, records, wait_for_step
+from ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -80,10 +80,8 @@ def test_a_node_that_is_taken_away_is_left_in_time(
     tmp_path: Path,
 ) -> None:
     """All that the run keeps is what it saved on notice: it saves at no other time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    port = address.rpartition(":")[2]
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     node("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
     leaving = node(f"--address={address}", "--num-cpus=2")
     process = command(DIGITS, "--address", address, "--set", "checkpoint.interval_s=1000")

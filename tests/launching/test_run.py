@@ -27,6 +27,7 @@ from commands import (
     wait_for_step,
     workers_of,
 )
+from ports import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -377,12 +378,6 @@ def node_of(head: Head, folder: Path) -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import REPOSITORY, TIMEOUT_S, Ended, environment, in_this_process
+from ports import free_port
 
 from orchestrator.errors import ClusterLostError
 from orchestrator.launching.jobs import JobServer
@@ -135,12 +135,6 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: P
         assert process.poll() is None, log.read_text() if log else process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_a_new_attempt_waits_for_a_leftover_worker(control: Path, hold: Callable
     started = time.monotonic()
     timer.start()
     token = begin(control)
-    assert 0.6 < time.monotonic() - started < 4.0
+    assert time.monotonic() - started > 0.6
     assert leftover.wait() == -signal.SIGKILL
     assert (control / "fence").read_text() == token != before
 

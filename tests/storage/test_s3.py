@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 import s3_server
 from orchestrator.config import StorageConfig
@@ -83,7 +84,7 @@ def test_a_missing_bucket(s3: Weed) -> None:
 
 
 def test_nobody_answers(s3: Weed) -> None:
-    (port,) = s3_server._free_ports(1)
+    port = free_port()
     message = refusal(listed("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{port}", retry_budget_s=0.1))
     assert message.startswith(f"s3://bucket/x: no answer from http://127.0.0.1:{port} in 0 s (EndpointConnectionError)")
     assert message.endswith("check that it runs, and storage.endpoint_url or AWS_ENDPOINT_URL")
@@ -115,7 +116,7 @@ def test_a_refusal_is_an_error_and_an_object_that_is_not_there_is_none(
 
 
 def test_a_store_that_does_not_answer_costs_retries_and_then_an_error(s3: Weed) -> None:
-    (port,) = s3_server._free_ports(1)
+    port = free_port()
     dead = listed("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{port}", retry_budget_s=0.1)
     found = trouble("list", lambda: refusal(dead))
     assert found.errors == 1

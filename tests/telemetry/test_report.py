@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -169,11 +168,10 @@ def test_a_metric_that_comes_and_goes_has_its_own_points(fake_run: Maker) -> Non
     assert [len(c["curves"][0]["x"]) for c in charts if c["curves"][0]["name"] == "f1"] == [6]
 
 
-def test_a_long_run_is_thinned_and_quick(fake_run: Maker) -> None:
-    run = fake_run(100_000)
-    began = time.process_time()
-    page = Page(render(run))
-    assert time.process_time() - began < 2.0
+def test_the_page_of_a_long_run_is_no_longer_than_that_of_a_shorter_one(fake_run: Maker) -> None:
+    html = render(fake_run(100_000))
+    assert len(html) < 1.1 * len(render(fake_run(10_000)))
+    page = Page(html)
     curves = [curve for chart in json.loads(page.points)["charts"] for curve in chart["curves"]]
     assert max(len(c["x"]) for c in curves) <= 800
     assert all(c["step"][-1] == 100_000 for c in curves)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ports import free_port
 
 pytestmark = pytest.mark.gpu
 
@@ -18,11 +18,8 @@ STEPS = 20
 def nccl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import torch.distributed as dist
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port)}.items():
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}.items():
             patch.setenv(name, value)
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group("nccl")
