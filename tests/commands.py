@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,34 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def end_family(*processes: subprocess.Popen[Any]) -> None:
+    """Kill them and all that they started, at once, as a lost machine would, and wait until that has ended."""
+    family = []
+    for process in processes:
+        if process.poll() is None:
+            family += psutil.Process(process.pid).children(recursive=True)
+    for member in [*processes, *family]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    for process in processes:
+        process.wait(30)
+    wait_for_end(family, 30)
+
+
+def wait_for_end(family: Iterable[psutil.Process], seconds: float) -> None:
+    """A zombie has ended: a container's init may reap none."""
+    deadline = time.monotonic() + seconds
+    while alive := [member for member in family if _lives(member)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

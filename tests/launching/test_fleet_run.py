@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import TIMEOUT_S, Ended, environment, losses, records
+from commands import TIMEOUT_S, Ended, end_family, environment, losses, records
 from ports import free_port
 
 from orchestrator.telemetry.metrics import TABLE
@@ -79,12 +79,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         nodes.append(start_node(folder, "other", f"--address={address}"))
         yield Shared(address, folder, tuple(nodes))
     finally:
-        family = [child for node in nodes for child in psutil.Process(node.pid).children(recursive=True)]
-        for member in [*nodes, *family]:
-            member.kill()
-        for node in nodes:
-            node.wait(30)
-        psutil.wait_procs(family, timeout=30)
+        end_family(*nodes)
 
 
 def start_node(folder: Path, name: str, *words: str) -> subprocess.Popen[bytes]:

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from commands import DIGITS, TIMEOUT_S, Ended, environment, losses, records, wait_for_step
+from commands import DIGITS, TIMEOUT_S, Ended, end_family, environment, losses, records, wait_for_step
 from ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -66,11 +65,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         return started[-1]
 
     yield start
-    for process in started:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        for member in [process, *family]:
-            member.kill()
-        process.wait(30)
+    end_family(*started)
 
 
 def test_a_node_that_is_taken_away_is_left_in_time(

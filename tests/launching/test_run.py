@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 from commands import (
     DIGITS,
     FIXED,
     TIMEOUT_S,
     Ended,
+    end_family,
     environment,
     losses,
     records,
     wait_for_step,
-    workers_of,
 )
 from ports import free_port
 
@@ -99,44 +98,6 @@ def test_finished_run_says_so_at_once(undisturbed: Ended) -> None:
     assert again.returncode == 0
     assert "finished already" in again.stderr
     assert json.loads(again.stdout) == undisturbed.summary
-
-
-def test_killed_worker_is_replaced_and_a_killed_driver_leaves_nothing_and_nothing_changes(
-    undisturbed: Ended, command: Start, run: Run, tmp_path: Path
-) -> None:
-    options = ("--set", "checkpoint.interval_steps=40")
-    process = command(DIGITS, *options)
-    folder = tmp_path / "runs" / "digits"
-    wait_for_step(folder, 60, process)
-    workers_of(process)[-1].send_signal(signal.SIGKILL)
-    wait_for_step(folder, 130, process)
-    starts = [r for r in records(folder, "attempts.jsonl") if r["event"] == "started"]
-    assert len(starts) == 2
-    assert starts[1]["step"] >= 40
-
-    family = psutil.Process(process.pid).children(recursive=True)
-    words = {child.pid: " ".join(child.cmdline()) for child in family}
-    for wanted in ("RayTrainWorker", "TrainController", "HubActor"):
-        assert any(wanted in line for line in words.values())
-    for spared in ("PlacementGroupCleaner", "PreemptionWatcher", "DatasetManager", "AutoscalingCoordinator"):
-        assert not any(spared in line for line in words.values()), "what an embedded cluster has no use for"
-    agents = [child for child in family if "Agent" in words[child.pid]]
-    process.kill()
-    _, err = process.communicate()
-    assert "workers were lost and replaced; going on from step" in err
-    assert "raylet" not in err
-    _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=30)
-    assert not alive, "whatever could write to the run ends by itself within seconds"
-    _, alive = psutil.wait_procs(agents, timeout=60)
-    alive = [agent for agent in alive if agent.status() != psutil.STATUS_ZOMBIE]  # dead; a container's init reaps none
-    assert not alive, "Ray's idle agents take a little longer to notice"
-
-    done = run(DIGITS, *options)
-    assert done.code == 0, done.err
-    assert "going on from checkpoint step-" in done.err
-    assert "lost and replaced" not in done.err, "the driver's own first start is no restart"
-    assert losses(folder) == losses(Path(undisturbed.summary["folder"]))
-    assert done.summary["metrics"] == undisturbed.summary["metrics"]
 
 
 def test_signals_save_and_say_how_to_go_on_and_a_corrupt_checkpoint_is_set_aside(
@@ -350,11 +311,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             time.sleep(3)  # the raylet joins after the port answers
             yield Head(process, f"127.0.0.1:{port}")
         finally:
-            family = psutil.Process(process.pid).children(recursive=True)
-            for member in [process, *family]:  # asked politely, a head takes over half a minute
-                member.kill()
-            process.wait(30)
-            psutil.wait_procs(family, timeout=30)
+            end_family(process)  # asked politely, a head takes over half a minute
 
 
 @contextlib.contextmanager
@@ -374,10 +331,7 @@ def node_of(head: Head, folder: Path) -> Iterator[None]:
             time.sleep(0.1)
         yield
     finally:
-        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait(30)
+        end_family(process)
 
 
 def wait_for_port(port: int) -> None:

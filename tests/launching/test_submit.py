@@ -5,11 +5,9 @@ The tests share one head and stand in the order in which its story goes: the las
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, Ended, environment, in_this_process
+from commands import REPOSITORY, TIMEOUT_S, Ended, end_family, environment, in_this_process
 from ports import free_port
 
 from orchestrator.errors import ClusterLostError
@@ -121,11 +118,7 @@ def start_head(folder: Path) -> Head:
 def end_head(head: Head) -> None:
     """Kill the head and all that it started, at once, as a lost machine would; once is enough."""
     if head.process.poll() is None:
-        own = psutil.Process(head.process.pid)
-        for pid in (own.pid, *(child.pid for child in own.children(recursive=True))):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        head.process.wait()
+        end_family(head.process)
     shutil.rmtree(head.temporary, ignore_errors=True)
 
 

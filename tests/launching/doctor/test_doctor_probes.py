@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from commands import end_family
 
 from orchestrator.launching.cluster import embedded_shape
 from orchestrator.launching.doctor.child import last_line
@@ -178,10 +178,7 @@ def real_cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
         try:
             yield f"127.0.0.1:{port}", "open-sesame"
         finally:
-            family = [*psutil.Process(ray.pid).children(recursive=True), psutil.Process(ray.pid)]
-            for process in family:
-                process.kill()
-            psutil.wait_procs(family, timeout=10)
+            end_family(ray)
             shutil.rmtree(folder, ignore_errors=True)
 
 
