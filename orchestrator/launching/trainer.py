@@ -95,6 +95,7 @@ def _trainer(
         function,
         lasting=order.lasting,
         counts=counts,
+        avoided=order.avoid,
         newest_step=partial(newest_step, order),
         train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -251,6 +252,55 @@ def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: En
     assert f"starting the workers anew, without node {first['node']}" in out + err
     assert first["node"] not in starts(hosts, "left")[-1]["nodes"]
     assert losses(hosts.run("left")) == losses(Path(undisturbed.summary["folder"]))
+
+
+@contextlib.contextmanager
+def slowed(hosts: Hosts, host: str) -> Iterator[None]:
+    """Whatever trains on ``host`` is stopped for seven tenths of the time, as under a CPU quota."""
+    over = threading.Event()
+
+    def brake() -> None:
+        while not over.is_set():
+            found = hosts.workers_on(host)
+            for _ in range(10):
+                _signal(found, signal.SIGSTOP)
+                over.wait(0.07)
+                _signal(found, signal.SIGCONT)
+                time.sleep(0.03)
+
+    thread = threading.Thread(target=brake)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def test_a_host_that_is_found_slow_at_the_start_is_left_where_asked(hosts: Hosts) -> None:
+    """One worker on each host, of which one has three tenths of its time; there is room without it for one."""
+    fields = ("name=slow", "scale.workers=1,2", "scale.cpus_per_worker=2", "health.exclude=true")
+    words = ("jobs.vision:mlp", "--arg", "epochs=4", "--set", "policy.name=fixed")
+    words = (*words, *(word for field in (*fields, "health.slow_factor=0.75") for word in ("--set", field)))
+    with slowed(hosts, "w1"):
+        done = hosts.orchestrator("submit", *words)
+    assert done.code == 0, done.out + done.err
+    (failure,) = failures(hosts, "slow")
+    assert (failure["cause"], failure["action"], failure["step"]) == ("slow", "change", 0)
+    assert "is far behind the others" in failure["message"]
+    assert f"starting the workers anew, without node {failure['node']}" in done.out + done.err
+    health = records(hosts.run("slow"), "health.jsonl")
+    slow, other = sorted(health[0]["ranks"], key=lambda rank: rank["matmul_flops_per_s"])
+    assert failure["node"] == slow["node"] != other["node"]
+    assert [len(record["ranks"]) for record in health] == [2, 1]
+    assert all(start["nodes"] == [other["node"]] for start in starts(hosts, "slow"))
+    assert len(losses(hosts.run("slow"))) == math.ceil(4 * 1437 / 64)
 
 
 def failures(hosts: Hosts, name: str) -> list[dict[str, Any]]:

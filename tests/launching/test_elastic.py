@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from ray.train import ScalingConfig
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
-from orchestrator.launching.spared import _Sharing
+from orchestrator.launching.elastic import Sharing
 
 
 class Cluster:
@@ -18,7 +18,8 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room, self.saved = 1, 10
         look: dict[str, Any] = {"num_workers": (1, 8), "elastic_resize_monitor_interval_s": 0.0}
-        self.policy = _Sharing(ScalingConfig(**look, resources_per_worker={"CPU": 1}), (1, 2, 4, 8), lambda: self.saved)
+        config = ScalingConfig(**look, resources_per_worker={"CPU": 1})
+        self.policy = Sharing(config, (1, 2, 4, 8), (), lambda: self.saved)
         monkeypatch.setattr(self.policy, "_maybe_send_resource_request", lambda: None)
         monkeypatch.setattr(self.policy, "_get_reserved_resources", lambda: {"node": {"CPU": float(self.room)}})
 
@@ -41,6 +42,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 def test_a_group_starts_with_the_most_that_share_the_batch(cluster: Cluster, room: int, workers: int) -> None:
     cluster.room = room
     decision = cluster.policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == workers
+
+
+@pytest.mark.parametrize(("avoided", "workers"), [((), 1), (("w1",), 2), (("w1", "w3"), 2), (("w2", "w3"), 4)])
+def test_a_node_that_is_to_be_left_is_no_room(
+    monkeypatch: pytest.MonkeyPatch, avoided: tuple[str, ...], workers: int
+) -> None:
+    """Ray's reservations name one CPU, and know nothing of nodes that are avoided."""
+    nodes = [("w1", 5.0, True), ("w2", 2.0, True), ("w3", 9.0, False)]
+    alive = [{"NodeID": name, "Resources": {"CPU": cpus}, "Alive": alive} for name, cpus, alive in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr(ElasticScalingPolicy, "_maybe_send_resource_request", lambda _: None)
+    monkeypatch.setattr(ElasticScalingPolicy, "_get_reserved_resources", lambda _: {"w1": {"CPU": 1.0}})
+    look: dict[str, Any] = {"num_workers": (1, 8), "elastic_resize_monitor_interval_s": 0.0}
+    policy = Sharing(ScalingConfig(**look, resources_per_worker={"CPU": 1}), (1, 2, 4, 8), avoided, lambda: 0)
+    decision = policy.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision)
     assert decision.num_workers == workers
 
