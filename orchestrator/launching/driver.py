@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import FencedError, OrchestratorError, StorageError, StorageLostError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
-from orchestrator.launching.failures import read_failures, to_error
+from orchestrator.launching.failures import lost_mark, read_failures, to_error
 from orchestrator.launching.fleet import FleetSettings
 from orchestrator.launching.homes import Home, owned, stored_uri
 from orchestrator.launching.membership import (
@@ -364,6 +364,7 @@ def _watch(
             _show(followers, listener)
             _pass_on(home, teller, listener)
             known = _note_restarts(folder, known, listener)
+            _note_want_of_room(attempt, folder, known, listener)
             if member is not None and moved_at is None and asked_at is None:
                 moved_at = _moved(member, home, listener)
             if signals and asked_at is None:
@@ -442,6 +443,13 @@ def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
     if len(started) > known:
         listener.note(_restarted(started[-1]))
     return max(known, len(started))
+
+
+def _note_want_of_room(attempt: Fit, folder: RunFolder, known: int, listener: Listener) -> None:
+    """Say what workers that are to start wait for. Ray is asked only then: without its head it would not answer."""
+    begun = len(_started(folder)) >= known and not lost_mark(folder).exists()
+    if not begun and (text := attempt.room.wanting()) is not None:
+        listener.note(text)
 
 
 def _restarted(record: Mapping[str, Any]) -> str:

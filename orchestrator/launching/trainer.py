@@ -22,6 +22,7 @@ from orchestrator.config import RunConfig, ScaleConfig
 from orchestrator.errors import StorageError
 from orchestrator.launching.failures import Failure, lost_mark, read_failures, said_by, write_failure
 from orchestrator.launching.recovery import Cause, Trouble, answer
+from orchestrator.launching.room import Room
 from orchestrator.launching.spared import SparingTrainer
 from orchestrator.launching.worker import Order, work
 from orchestrator.planning.plan import Plan, elastic_workers
@@ -121,6 +122,8 @@ class Fit:
 
     def __init__(self, trainer: SparingTrainer) -> None:
         self.error: BaseException | None = None
+        resources: Any = trainer.scaling_config.resources_per_worker  # the annotation is that of a search too
+        self.room = Room(resources or {})
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
         self._thread.start()

@@ -204,13 +204,49 @@ def test_bug_in_the_job_is_shown_once_with_rank_step_and_the_users_line(run: Run
     assert len(starts) == 1, "a bug is not retried"
 
 
-def test_nan_stops_the_run_and_names_the_last_good_checkpoint(run: Run, head: Head) -> None:
-    ended = run("broken_jobs:nan", "--set", "checkpoint.interval_steps=20", "--address", head.address)
-    assert ended.code == 1
-    assert "step 30: loss nan" in ended.err
-    assert "checkpoints/step-00000020" in ended.err
-    assert "failures.skip_nonfinite_steps" in ended.err
-    assert "Traceback" not in ended.err
+def test_a_run_waits_for_room_and_says_so_and_nan_stops_it_and_names_the_last_good_checkpoint(
+    command: Start, head: Head
+) -> None:
+    with occupied(head, cpus=3) as other:
+        process = command("broken_jobs:nan", "--set", "checkpoint.interval_steps=20", "--address", head.address)
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "waiting for room" in line:
+                other.kill()
+    err = "".join(lines)
+    assert "waiting for room for 2 workers with 1 CPU each: free are 1 of 4 CPU; others use the rest" in err
+    assert process.wait(TIMEOUT_S) == 1
+    assert "step 30: loss nan" in err
+    assert "checkpoints/step-00000020" in err
+    assert "failures.skip_nonfinite_steps" in err
+    assert "Traceback" not in err
+
+
+OCCUPY = """
+import sys, ray
+from ray.util import placement_group
+ray.init(address=sys.argv[1], log_to_driver=False)
+group = placement_group([{"CPU": float(sys.argv[2])}])
+print("there" if group.wait(60) else "no room", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def occupied(head: Head, *, cpus: int) -> Iterator[subprocess.Popen[str]]:
+    """Somebody else's program that holds so many CPUs of the cluster until it ends."""
+    words = [sys.executable, "-c", OCCUPY, head.address, str(cpus)]
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, env=env, text=True, **pipes) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "there\n"
+            yield other
+        finally:
+            other.kill()
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
