@@ -146,29 +146,21 @@ class _Worker:
         return dataclasses.replace(found, cause=self._order.cause or found.cause), nodes
 
     def _training(self, attempt: Attempt, nodes: Sequence[str]) -> Any:
-        from orchestrator.training.data import open_dataset
         from orchestrator.training.loop import NoNotice, Training
-        from orchestrator.training.memory import MemoryGauge
         from orchestrator.training.recorder import Recorder
         from orchestrator.training.scheduler import Scheduler
         from orchestrator.training.tracing import Tracer
         from orchestrator.training.watchdog import Watchdog
 
         guard = self._place.guard(attempt.token)
-        task = self._order.job.task
         _prepare_on_this_host(self._order.job)
-        datasets = task.datasets()
-        train_set = open_dataset(datasets.train, self._order.job.config)
-        evaluation_set = (
-            None if datasets.evaluation is None else open_dataset(datasets.evaluation, self._order.job.config)
-        )
+        train_set, evaluation_set = _datasets(self._order.job)
         config = _for_workers(self._order.job.config, self._world_size, self._order.micro_batch_limit)
-        evaluation_samples = 0 if evaluation_set is None else len(evaluation_set)
         plan = make_plan(
             config,
             self._order.shape,
             train_samples=len(train_set),
-            evaluation_samples=evaluation_samples,
+            evaluation_samples=0 if evaluation_set is None else len(evaluation_set),
             profile=self._order.profile,
             probe=self._order.probe,
         )
@@ -177,12 +169,7 @@ class _Worker:
         device = device_of(plan)
         probe = self._order.probe
         measured = probe if probe is not None and probe.matches(plan) else None
-        limits = [self._order.micro_batch_limit, measured.refused - 1 if measured and measured.refused else None]
-        memory = MemoryGauge(
-            device, memory_share(device, plan), limit=min((each for each in limits if each is not None), default=None)
-        )
-        if measured is not None:
-            memory.peaks.update(measured.peaks)
+        memory = self._gauge(device, plan, measured)
         self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
@@ -200,7 +187,7 @@ class _Worker:
         return Training(
             config=config,
             plan=plan,
-            task=task,
+            task=self._order.job.task,
             engine=self._engine(config, plan, device, nodes),
             train_set=train_set,
             evaluation_set=evaluation_set,
@@ -221,6 +208,17 @@ class _Worker:
             notice=DrainNotice() if self._order.lasting else NoNotice(),
             **_past(self._folder),
         )
+
+    def _gauge(self, device: Any, plan: Plan, measured: Probe | None) -> Any:
+        """What holds the micro batch down: what ran out of memory in an attempt or the probe, and the probe's peaks."""
+        from orchestrator.training.memory import MemoryGauge
+
+        limits = [self._order.micro_batch_limit, measured.refused - 1 if measured and measured.refused else None]
+        limit = min((each for each in limits if each is not None), default=None)
+        memory = MemoryGauge(device, memory_share(device, plan), limit=limit)
+        if measured is not None:
+            memory.peaks.update(measured.peaks)
+        return memory
 
     def _engine(self, config: RunConfig, plan: Plan, device: Any, nodes: Sequence[str]) -> Any:
         """Find out how well all ranks are, before the engine takes the device; leave a slow node where asked to.
@@ -276,6 +274,15 @@ def _sample(memory: Callable[[Meter], None], meter: Meter) -> None:
     memory(meter)
     for operation, trouble in REQUESTS.troubles().items():
         observe_requests(meter, operation, retries=trouble.retries, errors=trouble.errors)
+
+
+def _datasets(job: Job) -> tuple[Any, Any]:
+    """The task's training set and, where it has one, the held-out set, opened as the config says."""
+    from orchestrator.training.data import open_dataset
+
+    found = job.task.datasets()
+    train_set = open_dataset(found.train, job.config)
+    return train_set, None if found.evaluation is None else open_dataset(found.evaluation, job.config)
 
 
 def _prepare_on_this_host(job: Job) -> None:
