@@ -122,8 +122,9 @@ class Fit:
 
     def __init__(self, trainer: SparingTrainer) -> None:
         self.error: BaseException | None = None
-        resources: Any = trainer.scaling_config.resources_per_worker  # the annotation is that of a search too
-        self.room = Room(resources or {})
+        scaling: Any = trainer.scaling_config  # the annotations lag behind
+        fewest = scaling.min_workers if scaling.elasticity_enabled else 0
+        self.room = Room(scaling.resources_per_worker, fewest=fewest)
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
         self._thread.start()

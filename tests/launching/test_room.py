@@ -70,6 +70,18 @@ def test_it_is_silent_where_workers_have_a_place(cluster: Cluster, state: str, b
     assert cluster.said(watching, 100.0) == []
 
 
+def test_an_elastic_run_waits_for_its_fewest_workers_without_asking_for_a_place(cluster: Cluster) -> None:
+    watching = Room({"CPU": 1}, fewest=2, clock=lambda: cluster.now)
+    cluster.has("CREATED", {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0})
+    assert cluster.said(watching, 100.0) == []
+    cluster.groups = []
+    first, second = cluster.said(watching, 200.0)
+    assert 125.0 <= first <= 136.0
+    assert second == pytest.approx(first + 60.0, abs=0.5)
+    cluster.now = 260.0
+    assert "room for at least 2 workers with 1 CPU each" in str(watching.wanting())
+
+
 def test_patience_begins_anew_after_a_place_was_found(cluster: Cluster) -> None:
     watching = Room({"CPU": 1, "GPU": 0}, clock=lambda: cluster.now)
     cluster.has("PENDING", {"CPU": 1.0})
