@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from commands import REPOSITORY, TIMEOUT_S, Ended, environment, losses, records
 
@@ -256,17 +257,17 @@ def test_a_node_on_which_workers_die_again_is_left(hosts: Hosts, undisturbed: En
 
 @contextlib.contextmanager
 def slowed(hosts: Hosts, host: str) -> Iterator[None]:
-    """Whatever trains on ``host`` is stopped for seven tenths of the time, as under a CPU quota."""
+    """What trains on ``host`` is stopped for 85 % of the time, as under a CPU quota, once it has half its imports."""
     over = threading.Event()
 
     def brake() -> None:
         while not over.is_set():
-            found = hosts.workers_on(host)
+            found = [pid for pid in hosts.workers_on(host) if _cpu_s(pid) > 2.0]
             for _ in range(10):
                 _signal(found, signal.SIGSTOP)
-                over.wait(0.07)
+                over.wait(0.085)
                 _signal(found, signal.SIGCONT)
-                time.sleep(0.03)
+                time.sleep(0.015)
 
     thread = threading.Thread(target=brake)
     thread.start()
@@ -277,6 +278,12 @@ def slowed(hosts: Hosts, host: str) -> Iterator[None]:
         thread.join()
 
 
+def _cpu_s(pid: int) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return float(psutil.Process(pid).cpu_times().user)
+    return 0.0
+
+
 def _signal(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -284,7 +291,7 @@ def _signal(pids: list[int], number: int) -> None:
 
 
 def test_a_host_that_is_found_slow_at_the_start_is_left_where_asked(hosts: Hosts) -> None:
-    """One worker on each host, of which one has three tenths of its time; there is room without it for one."""
+    """One worker on each host, of which one has a seventh of its time; there is room without it for one."""
     fields = ("name=slow", "scale.workers=1,2", "scale.cpus_per_worker=2", "health.exclude=true")
     words = ("jobs.vision:mlp", "--arg", "epochs=4", "--set", "policy.name=fixed")
     words = (*words, *(word for field in (*fields, "health.slow_factor=0.75") for word in ("--set", field)))
