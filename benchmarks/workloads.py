@@ -1,6 +1,6 @@
 """Whether every job reaches its stated quality in every ZeRO stage, with its batch fixed and with it chosen.
 
-    python benchmarks/workloads.py                      # six jobs, four stages, both policies: over an hour
+    python benchmarks/workloads.py                      # six jobs, four stages, both policies: forty minutes
     python benchmarks/workloads.py --jobs digits text --stages 1 3
     python benchmarks/workloads.py --write              # the result into benchmarks/results/
 

@@ -115,7 +115,7 @@ def retrieval(
     write = functools.partial(write_visits, folder)
     if movielens:
         write = functools.partial(write_movielens, folder, str(Path(movielens).absolute()))
-    config = _config("retrieval", batch=batch, learning_rate=5e-3, epochs=epochs, workers=workers, decay=1e-3)
+    config = _config("retrieval", batch=batch, learning_rate=3e-3, epochs=epochs, workers=workers, decay=1e-3)
     return Job(config, RetrievalTask(folder, dimension), prepare=write)
 
 
