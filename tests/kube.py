@@ -148,6 +148,7 @@ def api_server(folder: Path) -> Iterator[Path]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
 
 
 def _start(folder: Path, name: str, words: list[str]) -> subprocess.Popen[bytes]:

@@ -90,10 +90,13 @@ def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cluster", "of_fair", "of_fifo"),
-    [("aws", 0.95, 0.75), ("mixed", 0.7, 0.5)],  # what is wanted on three types; on one it is out of reach
+    ("settings", "of_fair", "of_fifo"),
+    [(Settings(), 0.95, 0.75), (Settings(cluster="mixed", jobs=80, hours=4.0), 0.7, 0.5)],
+    ids=["one-type", "three-types"],  # on three the figures that are wanted; on one they are out of reach
 )
-def test_goodput_beats_fair_and_fifo_on_published_recordings(cluster: str, of_fair: float, of_fifo: float) -> None:
+def test_goodput_beats_fair_and_fifo_on_published_recordings(
+    settings: Settings, of_fair: float, of_fifo: float
+) -> None:
     named = os.environ.get("ORCHESTRATOR_TEST_DATA")
     folder = (Path(named) if named else REPOSITORY.parent / "shared" / "data") / "placements"
     if not folder.is_dir():
@@ -102,7 +105,7 @@ def test_goodput_beats_fair_and_fifo_on_published_recordings(cluster: str, of_fa
     models = Models(apps)
     mean, p99 = {}, {}
     for name in ("fifo", "fair", "goodput"):
-        done = simulate(apps, models, name, POLICIES[name](), 3, Settings(cluster=cluster)).completion_s
+        done = simulate(apps, models, name, POLICIES[name](), 3, settings).completion_s
         mean[name], p99[name] = float(np.mean(done)), float(np.quantile(done, 0.99))
     assert mean["goodput"] < of_fair * mean["fair"]
     assert mean["goodput"] < of_fifo * mean["fifo"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import yaml
 
 import kube
 from kube import Tools
+
+
+def wait_for_crds(tools: Tools) -> None:
+    """Until the server serves them. On a new one kubectl gives up at once: it finds no conditions to look through."""
+    deadline = time.monotonic() + 120
+    while (waited := tools("kubectl", "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")).code:
+        assert time.monotonic() < deadline, waited.err
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +45,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tools]:
         tools = Tools(folder, kubeconfig)
         created = tools("kubectl", "create", "-f", str(crds))
         assert created.code == 0, created.err
-        waited = tools("kubectl", "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
-        assert waited.code == 0, waited.err
+        wait_for_crds(tools)
         assert tools("kubectl", "create", "namespace", "train").code == 0
         yield tools
