@@ -52,11 +52,6 @@ def copy_of(run: StoredRun, folder: Path) -> Path:
     return target
 
 
-def others(process: subprocess.Popen[str], past: set[int]) -> list[psutil.Process]:
-    """The run's workers that are not in ``past``."""
-    return [worker for worker in workers_of(process) if worker.pid not in past]
-
-
 def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not is_so():
@@ -141,31 +136,32 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     wait_until(saving(cache, 10), process)
     second = command(DIGITS, *options)
     wait_until(saving(cache, 20), process)
-    past = kill_one(process, past=set(), chance=random.Random())  # during the save, or just after it
-
     seed = secrets.randbelow(2**32)
     chance = random.Random(seed)
+    kill_one(process, chance)  # during the save, or just after it
+
     for number in range(8):
-        wait_until(partial(others, process, past), process)
+        wait_for_others(process)
         if number % 2:  # it starts or restores
             time.sleep(chance.uniform(0.0, 3.0))
         else:  # it trains, saves or uploads
             wait_until(partial(has_done, cache, newest_step(cache) + chance.randint(1, 10)), process)
             time.sleep(chance.uniform(0.0, 0.2))
-        past |= kill_one(process, past, chance)
+        kill_one(process, chance)
 
-    wait_until(partial(others, process, past), process)
+    wait_for_others(process)
     wait_until(saving(cache, newest_step(cache) + 10), process)
     weed = psutil.Process(server._process.pid)  # type: ignore[union-attr]
     weed.suspend()  # what is not uploaded yet stays where it is
-    past |= kill_one(process, past, chance)
+    kill_one(process, chance)
     weed.resume()
 
-    wait_until(partial(others, process, past), process)
+    wait_for_others(process)
     wait_until(saving(cache, newest_step(cache) + 10), process)
     server.kill()
     time.sleep(1.0)
-    server.start()
+    with frozen(workers_of(process)):  # or they might be done before it is back
+        server.start()
 
     here = newest_step(cache)
     wait_until(lambda: stored.checkpoints()[-1:] > [f"step-{here:08d}"], process)
@@ -186,7 +182,7 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     assert done.summary["metrics"] == undisturbed.summary["metrics"]
     starts = [record for record in records(copy, "attempts.jsonl") if record["event"] == "started"]
     assert [record["attempt"] for record in starts] == list(range(1, len(starts) + 1))
-    assert 7 <= len(starts) <= 12, "some were killed before they had started"
+    assert 6 <= len(starts) <= 12, "half of them are killed before they have started, or just after"
     assert all(record["step"] > 0 for record in starts[1:])
     left = {entry.key.split("/")[1] for entry in stored.store.list("checkpoints/")}
     assert left == set(stored.checkpoints()), "what the crashes left is gone"
@@ -203,14 +199,24 @@ def has_done(cache: Path, step: int) -> bool:
     return newest_step(cache) >= step
 
 
-def kill_one(process: subprocess.Popen[str], past: set[int], chance: random.Random) -> set[int]:
-    """Kill one worker that is not in ``past``; returns all there were, for Ray replaces them all."""
-    while True:
-        wait_until(partial(others, process, past), process)
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it ended by itself: the others of a killed one do
-            workers = others(process, past)
-            chance.choice(workers).send_signal(signal.SIGKILL)
-            return {worker.pid for worker in workers}
+def kill_one(process: subprocess.Popen[str], chance: random.Random) -> None:
+    """Kill one of the workers there are."""
+    chance.choice(workers_of(process)).send_signal(signal.SIGKILL)
+
+
+def wait_for_others(process: subprocess.Popen[str]) -> None:
+    """Ray ends all workers when one has died, and starts as many anew: until the first of those is there."""
+    wait_until(lambda: not workers_of(process), process)
+    wait_until(lambda: workers_of(process), process)
+
+
+@contextlib.contextmanager
+def frozen(workers: list[psutil.Process]) -> Iterator[None]:
+    for worker in workers:
+        worker.suspend()
+    yield
+    for worker in workers:
+        worker.resume()
 
 
 def kill_driver(process: subprocess.Popen[str]) -> str:
