@@ -22,22 +22,13 @@ RAY = "ray"
 """The queue of all files with tests that start Ray: two clusters on one machine take each other's ports."""
 OWN_NETWORK = "tests/launching/test_hosts.py"
 """The only one whose clusters are in network and process namespaces of their own, so it may run beside that queue."""
-FIRST_OF_RAY = "tests/launching/test_submit.py"
-"""It waits more than it computes: first in its queue, it leaves processors to the tests beside it; last, to nobody."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_what_cannot_run(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: place_of(item.path))
-
-
-def place_of(file: Path) -> int:
-    """The longest queues begin at once."""
-    queue = queue_of(file)
-    if queue == RAY:
-        return 0 if file.as_posix().endswith(FIRST_OF_RAY) else 1
-    return 2 if queue == OWN_NETWORK else 3
+        order = (RAY, OWN_NETWORK)  # the longest queues begin at once
+        items.sort(key=lambda item: order.index(queue) if (queue := queue_of(item.path)) in order else len(order))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -32,8 +32,8 @@ class Teller:
         self._client = HubClient(HubSettings.of(config.telemetry))
         self._publisher: Publisher | None = None
         lost_mark(folder).unlink(missing_ok=True)
+        self._fold()
         if config.telemetry.enabled:
-            self._fold()
             attempt = self._account.attempts + 1
             self._publisher = Publisher(
                 self._client, run=config.name, source="driver", attempt=attempt, sample=self._sample
@@ -41,9 +41,7 @@ class Teller:
             self._publisher.note(observe_run, _info(config, plan))
 
     def look(self) -> None:
-        """Take in what has been recorded since the last look."""
-        if self._publisher is None:
-            return
+        """Take in what has been recorded since the last look; with telemetry off, too: it clears the mark of a loss."""
         known = self._account.attempts
         stepped = self._fold()
         if lost_mark(self._folder).exists() and self._account.attempts == known:
@@ -63,9 +61,11 @@ class Teller:
 
     def end(self, state: str) -> None:
         """Say how the run ended: "finished", "stopped" or "failed"."""
+        self._fold()
+        self._attempts.close()
+        self._metrics.close()
         if self._publisher is None:
             return
-        self._fold()
         self._state = state
         self._publisher.close()
         if self._embedded:
