@@ -138,6 +138,8 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     wait_until(saving(cache, 20), process)
     seed = secrets.randbelow(2**32)
     chance = random.Random(seed)
+    progress = Progress(cache)
+    assert progress.newest() >= 20
     kill_one(process, chance)  # during the save, or just after it
 
     for number in range(8):
@@ -145,25 +147,25 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
         if number % 2:  # it starts or restores
             time.sleep(chance.uniform(0.0, 3.0))
         else:  # it trains, saves or uploads
-            wait_until(partial(has_done, cache, newest_step(cache) + chance.randint(1, 10)), process)
+            wait_until(partial(progress.has_reached, progress.newest() + chance.randint(1, 10)), process)
             time.sleep(chance.uniform(0.0, 0.2))
         kill_one(process, chance)
 
     wait_for_others(process)
-    wait_until(saving(cache, newest_step(cache) + 10), process)
+    wait_until(saving(cache, progress.newest() + 10), process)
     weed = psutil.Process(server._process.pid)  # type: ignore[union-attr]
     weed.suspend()  # what is not uploaded yet stays where it is
     kill_one(process, chance)
     weed.resume()
 
     wait_for_others(process)
-    wait_until(saving(cache, newest_step(cache) + 10), process)
+    wait_until(saving(cache, progress.newest() + 10), process)
     server.kill()
     time.sleep(1.0)
     with frozen(workers_of(process)):  # or they might be done before it is back
         server.start()
 
-    here = newest_step(cache)
+    here = progress.newest()
     wait_until(lambda: stored.checkpoints()[-1:] > [f"step-{here:08d}"], process)
     _, refusal = second.communicate(timeout=TIMEOUT_S)
     assert second.returncode == 2, "of two writers one wins"
@@ -182,21 +184,27 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     assert done.summary["metrics"] == undisturbed.summary["metrics"]
     starts = [record for record in records(copy, "attempts.jsonl") if record["event"] == "started"]
     assert [record["attempt"] for record in starts] == list(range(1, len(starts) + 1))
-    assert 6 <= len(starts) <= 12, "half of them are killed before they have started, or just after"
+    assert 8 <= len(starts) <= 12, "one after each kill of a worker that trained; others may die before they start"
     assert all(record["step"] > 0 for record in starts[1:])
     left = {entry.key.split("/")[1] for entry in stored.store.list("checkpoints/")}
     assert left == set(stored.checkpoints()), "what the crashes left is gone"
     assert server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
 
 
-def newest_step(cache: Path) -> int:
-    """The newest step that the run has recorded on this machine's disk, by whichever of its workers."""
-    folders = (cache / "runs").glob("digits-*/workers/*/")
-    return max((int(record["step"]) for folder in folders for record in records(folder)), default=0)
+class Progress:
+    """The newest step that the run has ever recorded on this machine's disk: dead workers' folders are cleared away."""
 
+    def __init__(self, cache: Path) -> None:
+        self._cache, self._newest = cache, 0
 
-def has_done(cache: Path, step: int) -> bool:
-    return newest_step(cache) >= step
+    def newest(self) -> int:
+        folders = (self._cache / "runs").glob("digits-*/workers/*/")
+        found = (int(record["step"]) for folder in folders for record in records(folder))
+        self._newest = max(self._newest, *found, 0)
+        return self._newest
+
+    def has_reached(self, step: int) -> bool:
+        return self.newest() >= step
 
 
 def kill_one(process: subprocess.Popen[str], chance: random.Random) -> None:
