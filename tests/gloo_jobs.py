@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -586,9 +588,10 @@ class SlowRecorder(Recorder):
 
 
 def looking_loop(config: RunConfig, task: Looking, root: Path, driver: str) -> list[bool]:
-    """Train beside a slow folder; returns what the task saw there."""
+    """Train beside a slow folder, whose records are kept in another file; returns what the task saw there."""
     run = _training(config, task, RunFolder(root), driver, None)
-    slow = SlowRecorder(RunFolder(root), run.checkpoints.fence, run.plan, rank=run.rank, attempt=1)
+    keep = functools.partial(shutil.copy, root / "attempts.jsonl", root / "kept.jsonl")
+    slow = SlowRecorder(RunFolder(root), run.checkpoints.fence, run.plan, rank=run.rank, attempt=1, keep=keep)
     try:
         train(dataclasses.replace(run, recorder=slow))
     finally:

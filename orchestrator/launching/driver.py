@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import FencedError, OrchestratorError, StorageError, StorageLostError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
-from orchestrator.launching.failures import lost_mark, read_failures, to_error
+from orchestrator.launching.failures import GivenUpError, last_line, lost_mark, read_failures, to_error
 from orchestrator.launching.fleet import FleetSettings
 from orchestrator.launching.homes import Home, owned, stored_uri
 from orchestrator.launching.membership import (
@@ -120,10 +120,11 @@ class _Followers(NamedTuple):
     evaluations: Follower
     decisions: Follower
     events: Follower
+    failures: Follower
 
     @classmethod
     def of(cls, folder: RunFolder) -> _Followers:
-        tables = (folder.metrics, folder.evaluations, folder.decisions, folder.events)
+        tables = (folder.metrics, folder.evaluations, folder.decisions, folder.events, folder.failure_log)
         return cls(*map(Follower, tables))
 
 
@@ -415,7 +416,8 @@ def _moved(member: Member, home: Home, listener: Listener) -> float | None:
 
 def _never_started(attempt: Fit, known: int, home: Home) -> bool:
     """Whether the workers found no place in time: the fleet is asked again."""
-    return type(attempt.error).__name__ == "ControllerError" and len(_started(home.folder)) < known
+    failure = getattr(attempt.error, "controller_failure", None)  # only an error of Ray Train's controller has one
+    return failure is not None and not isinstance(failure, GivenUpError) and len(_started(home.folder)) < known
 
 
 def _fetch_end(home: Home, *, failed: bool) -> None:
@@ -435,6 +437,9 @@ def _show(followers: _Followers, listener: Listener) -> None:
         listener.evaluation(record)
     for record in followers.events.poll():
         listener.note(record["text"])
+    for record in followers.failures.poll():
+        if record["action"] == "restart":  # until the others are there may take a while
+            listener.note(record["reason"])
 
 
 def _note_restarts(folder: RunFolder, known: int, listener: Listener) -> int:
@@ -492,17 +497,11 @@ def _explain(error: BaseException, home: Home) -> OrchestratorError:
     causes = [failure for failure in read_failures(home.folder) if not failure.is_collateral]
     if causes:
         return to_error(causes[0])
-    log = read(home.folder.failure_log)
-    reason = log[-1]["reason"] if log else "the workers were lost"
+    failure = getattr(error, "controller_failure", error)
+    said = failure if isinstance(failure, GivenUpError) else f"Ray has given the workers up: {last_line(failure)}"
     return WorkerLostError(
-        f"{reason}; the last time with: {_first_line(error)}\n"
-        f"run the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
+        f"{said}\nrun the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:

@@ -25,10 +25,13 @@ from orchestrator.errors import (
 from orchestrator.storage.folder import RunFolder, write_json
 
 __all__ = [
+    "PEER_LOST",
     "Failure",
+    "GivenUpError",
     "WorkerFailedError",
     "describe",
     "hanging",
+    "last_line",
     "lost_mark",
     "read_failures",
     "restart_cause",
@@ -74,6 +77,17 @@ class WorkerFailedError(Exception):
 
     def __str__(self) -> str:
         return f"rank {self.failure.rank}: {self.failure.error}: {self.failure.message}"
+
+
+class GivenUpError(Exception):
+    """Raised in Ray Train's controller where the restart is not left to Ray; ``said`` are a worker's last words."""
+
+    def __init__(self, reason: str, said: str) -> None:
+        super().__init__(reason, said)
+        self.reason, self.said = reason, said
+
+    def __str__(self) -> str:
+        return f"{self.reason}; the last time with: {self.said}" if self.said else self.reason
 
 
 def describe(error: BaseException, *, rank: int, step: int) -> Failure:
@@ -126,6 +140,12 @@ def said_by(exceptions: Mapping[int, BaseException]) -> list[Failure]:
         if seen is not None:
             found.append(seen.failure)
     return found
+
+
+def last_line(error: BaseException) -> str:
+    """In Ray's errors as in a traceback the last line says what it was; Ray's guesses at why are left out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].partition(" Some common causes include")[0] if lines else type(error).__name__
 
 
 def lost_mark(folder: RunFolder) -> Path:

@@ -75,6 +75,7 @@ class Place(Protocol):
     def begin(self) -> Attempt: ...
     def guard(self, token: str) -> Guard: ...
     def checkpoints(self, config: RunConfig, layout_key: dict[str, Any], recorder: Any) -> Any: ...
+    def keep(self) -> None: ...
     def stop_requested(self) -> bool: ...
     def tell(self, stacks: Path) -> None: ...
     def end(self, outcome: Mapping[str, Any] | None) -> None: ...
@@ -113,6 +114,9 @@ class SharedPlace:
 
         assert self._guard is not None
         return Checkpoints(self.folder.checkpoints, self._guard, config.checkpoint.keep, layout_key)
+
+    def keep(self) -> None:
+        """Nothing: the records lie where they stay."""
 
     def stop_requested(self) -> bool:
         """Whether the driver asks to save and stop."""
@@ -207,6 +211,16 @@ class StoredPlace:
             witness=recorder,
             room=room_for_a_copy,
         )
+
+    def keep(self) -> None:
+        """Rank 0: bring the records to the store now; if that does not answer, once it does.
+
+        Raises:
+            FencedError: another attempt has begun.
+        """
+        assert self._pushing is not None
+        with contextlib.suppress(StorageError):
+            self._pushing.flush()
 
     def stop_requested(self) -> bool:
         """Whether the driver asks to save and stop, as the store last said."""

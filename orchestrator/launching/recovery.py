@@ -14,7 +14,7 @@ from orchestrator.config import FailureConfig
 
 __all__ = ["Answer", "Trouble", "answer"]
 
-Cause = Literal["user", "request", "run", "memory", "worker_lost", "preempted", "storage", "hang", "slow"]
+Cause = Literal["user", "request", "run", "memory", "worker_lost", "start", "preempted", "storage", "hang", "slow"]
 
 SUSPECT_AFTER = 2
 """So many failures in a row that began on one node are the node's."""
@@ -62,7 +62,7 @@ def answer(
         return _about_memory(micro_batch)
     if last.cause == "slow" and last.node is not None and last.node in avoidable:
         return Answer("change", f"node {last.node} is far behind the others", avoid=(last.node,))
-    row = [trouble for trouble in _without_progress(troubles) if (trouble.cause == "slow") == (last.cause == "slow")]
+    row = [trouble for trouble in _without_progress(troubles) if _account(trouble) == _account(last)]
     budget, field = _budget(last, config)
     spent = sum(1 for trouble in row if _budget(trouble, config)[1] == field)
     if spent > budget:
@@ -89,6 +89,11 @@ def _without_progress(troubles: Sequence[Trouble]) -> Sequence[Trouble]:
     return troubles[start:]
 
 
+def _account(trouble: Trouble) -> str:
+    """What is counted together: before its first step a run has cost nothing of what it may lose later."""
+    return trouble.cause if trouble.cause in ("slow", "start") else "run"
+
+
 def _budget(trouble: Trouble, config: FailureConfig) -> tuple[int, str]:
     if trouble.cause == "preempted":
         return config.max_preemptions, "failures.max_preemptions"
@@ -97,13 +102,14 @@ def _budget(trouble: Trouble, config: FailureConfig) -> tuple[int, str]:
 
 def _suspect(row: Sequence[Trouble]) -> str | None:
     """The node on which all of the last failures began; a preemption says nothing about a node."""
-    last = [trouble.node for trouble in row if trouble.cause in ("worker_lost", "hang")][-SUSPECT_AFTER:]
+    last = [trouble.node for trouble in row if trouble.cause in ("worker_lost", "start", "hang")][-SUSPECT_AFTER:]
     return last[0] if len(last) == SUSPECT_AFTER and len(set(last)) == 1 else None
 
 
 def _told(trouble: Trouble) -> str:
     return {
         "worker_lost": "workers were lost",
+        "start": "workers were lost while they started",
         "preempted": "nodes were taken away",
         "storage": "the store failed",
         "hang": "no step was taken",

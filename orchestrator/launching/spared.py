@@ -1,4 +1,4 @@
-"""Ray's ``TorchTrainer`` as a run needs it: without helpers that it has no use for. Imports Ray."""
+"""Ray's ``TorchTrainer`` as a run needs it. Imports Ray."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from orchestrator.launching.controller import Leftovers, Recovery, Starts
 from orchestrator.launching.elastic import Sharing
 
 __all__ = ["SparingTrainer"]
@@ -25,6 +26,7 @@ class SparingTrainer(TorchTrainer):
       cluster on this machine has one, it asks that, hears of no such controller, and takes the workers away.
     - the coordinator of requests for more nodes, which never come.
 
+    Workers that are lost while they start are counted by ``recovery``, where there is one, and their place is cleared.
     An elastic run grows and shrinks as ``elastic.Sharing`` says, by ``counts``, ``avoided`` and ``newest_step``.
     """
 
@@ -35,6 +37,7 @@ class SparingTrainer(TorchTrainer):
         counts: Sequence[int],
         avoided: Collection[str],
         newest_step: Callable[[], int],
+        recovery: Recovery | None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -42,13 +45,17 @@ class SparingTrainer(TorchTrainer):
         self._counts = counts
         self._avoided = avoided
         self._newest_step = newest_step
+        self._recovery = recovery
 
     def _create_default_callbacks(self) -> list[Any]:
         spared = (DatasetsCallback,) if self._lasting else (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, spared)]
+        usual = [each for each in super()._create_default_callbacks() if not isinstance(each, spared)]
+        return [Leftovers(), *usual]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         policy = parts["scaling_policy"]
+        if self._recovery is not None:
+            parts["failure_policy"] = Starts(parts["failure_policy"], self._recovery)
         if not self._lasting and type(policy) is FixedScalingPolicy:
             parts["scaling_policy"] = _FixedNodes(policy.scaling_config)
         if isinstance(policy, ElasticScalingPolicy):

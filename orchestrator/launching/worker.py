@@ -181,6 +181,7 @@ class _Worker:
             facts=_facts(config, plan),
             nodes=nodes,
             publisher=self._publisher,
+            keep=self._place.keep,
         )
         if self._order.told:
             self._recorder.event("fleet", f"the fleet: {self._order.told}")
@@ -236,7 +237,7 @@ class _Worker:
         return Engine(self._order.job.task, config, plan, device=device)
 
     def _spare(self, plan: Plan) -> frozenset[str]:
-        from orchestrator.launching.trainer import spare_nodes  # which imports this module
+        from orchestrator.launching.controller import spare_nodes  # which imports this module
 
         return spare_nodes(plan, self._order.job.config.scale, self._order.avoid, fewest=self._order.fewest)
 

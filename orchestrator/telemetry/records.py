@@ -61,7 +61,8 @@ class JsonLines:
 class Follower:
     """Reads a growing table; ``poll`` returns each record once, even when the file is cut back and continued.
 
-    A record is told apart by (step, attempt), and by its event in ``attempts.jsonl``. Close it, or use it in a
+    A record is told apart by (step, attempt), and by its event in ``attempts.jsonl``; by (step, time) in
+    ``failures.jsonl``, which has several of one attempt. Close it, or use it in a
     ``with`` statement: the file stays open between polls.
     """
 
@@ -87,7 +88,7 @@ class Follower:
         self._lines += len(records)
         fresh = []
         for record in records:
-            key = (record.get("step"), record.get("attempt"), record.get("event"))
+            key = (record.get("step"), record.get("attempt", record.get("time")), record.get("event"))
             if key not in self._seen:
                 self._seen.add(key)
                 fresh.append(record)

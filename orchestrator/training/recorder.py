@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +30,8 @@ class Recorder:
     """Appends to the run folder's records, and tells ``publisher`` what becomes a metric.
 
     Ranks other than 0 write nothing and publish only what is about themselves. ``cause`` is what ended the attempt
-    before this one; ``nodes`` is the node of each rank, where that is known.
+    before this one; ``nodes`` is the node of each rank, where that is known; ``keep`` brings the records to where they
+    outlive this machine.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Recorder:
         facts: RunFacts | None = None,
         nodes: Sequence[str] = (),
         publisher: Publisher | None = None,
+        keep: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._fence = fence
@@ -54,6 +56,7 @@ class Recorder:
         self._cause = cause
         self._nodes = list(nodes)
         self._publisher = publisher
+        self._keep = keep
         self._observer = RunObserver(facts or RunFacts(plan.reference_batch))
         self._metrics = JsonLines(folder.metrics)
         self._evaluations = JsonLines(folder.evaluations)
@@ -92,6 +95,7 @@ class Recorder:
             repeated_s = sum(useful_s(record) for record in lost if not record["skipped"])
             record |= {"cause": self._cause, "repeated_samples": repeated, "repeated_s": repeated_s}
         self._attempts(record)
+        self._keep()
         if self._publisher is not None:
             self._publisher.note(self._observer.begin, progress=state.progress, repeated_samples=repeated)
 

@@ -53,11 +53,11 @@ def test_what_cannot_go_better_is_not_tried_again(troubles: list[Trouble]) -> No
 
 @given(TROUBLES, st.integers(6, 9))
 def test_progress_fills_every_budget_again(troubles: list[Trouble], further: int) -> None:
-    for cause in ("worker_lost", "preempted", "storage", "hang"):
+    for cause in ("worker_lost", "start", "preempted", "storage", "hang"):
         assert ask(*troubles, Trouble(cause, further)).action == "restart"
 
 
-@given(st.sampled_from(["worker_lost", "storage", "hang"]), st.integers(0, 10))
+@given(st.sampled_from(["worker_lost", "start", "storage", "hang"]), st.integers(0, 10))
 def test_without_progress_a_run_ends_after_its_budget(cause: Cause, step: int) -> None:
     actions = [ask(*[Trouble(cause, step)] * count).action for count in range(1, 7)]
     assert actions == ["restart"] * 3 + ["stop"] * 3
@@ -74,6 +74,17 @@ def test_preemptions_are_counted_by_themselves() -> None:
     assert ask(*[lost(10)] * 3, *preempted, lost(10)).reason == (
         "workers were lost 4 times without progress: more than failures.max_restarts=3"
     )
+
+
+def test_workers_lost_at_their_start_are_counted_by_themselves() -> None:
+    start = Trouble("start", 10)
+    assert ask(*[start] * 3, lost(10)).reason == "workers were lost: restart 1 of 3 without progress"
+    assert ask(*[lost(10)] * 3, start).reason == "workers were lost while they started: restart 1 of 3 without progress"
+    assert ask(*[start] * 3, lost(10), start).reason == (
+        "workers were lost while they started 4 times without progress: more than failures.max_restarts=3"
+    )
+    again = Trouble("start", 10, "a")
+    assert ask(again, again) == Answer("change", "2 failures in a row began on node a", avoid=("a",))
 
 
 @pytest.mark.parametrize(("micro_batch", "smaller"), [(8, 4), (6, 3), (9, 3), (7, 1), (2, 1)])

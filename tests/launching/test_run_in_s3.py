@@ -55,7 +55,8 @@ def copy_of(run: StoredRun, folder: Path) -> Path:
 def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not is_so():
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            pytest.fail(f"the command has ended with {process.returncode}:\n{process.communicate()[1]}")
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -138,31 +139,35 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     wait_until(saving(cache, 20), process)
     seed = secrets.randbelow(2**32)
     chance = random.Random(seed)
-    progress = Progress(cache)
+    progress, group = Progress(cache), Group(process)
     assert progress.newest() >= 20
-    kill_one(process, chance)  # during the save, or just after it
+    group.kill_one(chance)  # during the save, or just after it
 
     for number in range(8):
-        wait_for_others(process)
-        if number % 2:  # it starts or restores
+        others = group.wait_for_others()
+        if number == 1:  # the worst moment of a start: Ray would forget these workers, but not the place they have
+            wait_until(partial(have_met, process), process)
+        elif number % 2:  # it starts or restores
             time.sleep(chance.uniform(0.0, 3.0))
         else:  # it trains, saves or uploads
-            wait_until(partial(progress.has_reached, progress.newest() + chance.randint(1, 10)), process)
+            step = progress.newest() + chance.randint(1, 10)
+            wait_until(lambda: progress.goes_on(others) and progress.newest() >= step, process)  # noqa: B023
             time.sleep(chance.uniform(0.0, 0.2))
-        kill_one(process, chance)
+        group.kill_one(chance)
 
-    wait_for_others(process)
+    others = group.wait_for_others()
+    wait_until(partial(progress.goes_on, others), process)
     wait_until(saving(cache, progress.newest() + 10), process)
     weed = psutil.Process(server._process.pid)  # type: ignore[union-attr]
     weed.suspend()  # what is not uploaded yet stays where it is
-    kill_one(process, chance)
+    group.kill_one(chance)
     weed.resume()
 
-    wait_for_others(process)
+    group.wait_for_others()
     wait_until(saving(cache, progress.newest() + 10), process)
     server.kill()
     time.sleep(1.0)
-    with frozen(workers_of(process)):  # or they might be done before it is back
+    with frozen(group.both()):  # or they might be done before it is back
         server.start()
 
     here = progress.newest()
@@ -172,6 +177,10 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     assert f"the run in {uri}/digits is owned by process {process.pid} on" in refusal
     err = kill_driver(process)
     assert "workers were lost and replaced; going on from step" in err
+    told = [line for line in err.splitlines() if " of 10 without progress" in line]
+    failed = records(next(cache.glob("runs/*/driver")), "failures.jsonl")
+    assert told == [record["reason"] for record in failed], "each is said"
+    assert len(failed) >= 10, "each kill of a worker is one"
     assert "raylet" not in err
 
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another"))
@@ -203,19 +212,55 @@ class Progress:
         self._newest = max(self._newest, *found, 0)
         return self._newest
 
-    def has_reached(self, step: int) -> bool:
-        return self.newest() >= step
+    def goes_on(self, since: float) -> bool:
+        """Whether a step was taken since that moment."""
+        folders = (self._cache / "runs").glob("digits-*/workers/*/")
+        return any(record["time"] > since for folder in folders for record in records(folder)[-1:])
 
 
-def kill_one(process: subprocess.Popen[str], chance: random.Random) -> None:
-    """Kill one of the workers there are."""
-    chance.choice(workers_of(process)).send_signal(signal.SIGKILL)
+def have_met(process: subprocess.Popen[str]) -> bool:
+    """Whether a worker is connected with another: they form their process group."""
+    ports: dict[tuple[int, str], set[int]] = {}
+    for worker in workers_of(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in worker.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    ports.setdefault((worker.pid, "own"), set()).add(each.laddr.port)
+                elif each.status == psutil.CONN_ESTABLISHED:
+                    ports.setdefault((worker.pid, "others"), set()).add(each.raddr.port)
+    pids = {pid for pid, _ in ports}
+    return any(
+        ports.get((one, "own"), set()) & ports.get((other, "others"), set()) for one in pids for other in pids - {one}
+    )
 
 
-def wait_for_others(process: subprocess.Popen[str]) -> None:
-    """Ray ends all workers when one has died, and starts as many anew: until the first of those is there."""
-    wait_until(lambda: not workers_of(process), process)
-    wait_until(lambda: workers_of(process), process)
+class Group:
+    """The two workers there are, told by their ids from those before: a process's name is gone while it changes it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._before: set[int] = set()
+
+    def kill_one(self, chance: random.Random) -> None:
+        """Kill one of them; Ray ends the other, and starts as many anew."""
+        workers = self.both()
+        self._before |= {worker.pid for worker in workers}
+        chance.choice(workers).send_signal(signal.SIGKILL)
+
+    def wait_for_others(self) -> float:
+        """Until both of the next are there; returns the moment, when the old have taken their last step."""
+        self.both()
+        return time.time()
+
+    def both(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+
+        def are_there() -> bool:
+            found[:] = [worker for worker in workers_of(self._process) if worker.pid not in self._before]
+            return len(found) == 2
+
+        wait_until(are_there, self._process)
+        return found
 
 
 @contextlib.contextmanager

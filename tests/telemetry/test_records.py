@@ -181,3 +181,9 @@ def test_events_of_one_attempt_and_step_are_told_apart(table: Path) -> None:
     events = [{"attempt": 1, "step": 0, "event": "started"}, {"attempt": 1, "step": 0, "event": "ended"}]
     write(table, *events)
     assert poll(table) == events
+
+
+def test_failures_at_one_step_are_told_apart(table: Path) -> None:
+    failures = [{"step": 40, "time": 1.0, "cause": "worker_lost"}, {"step": 40, "time": 2.0, "cause": "worker_lost"}]
+    write(table, *failures)
+    assert poll(table) == failures

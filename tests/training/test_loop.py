@@ -299,6 +299,6 @@ def test_steps_that_were_lost_are_recorded_once(two: GlooGroup, tmp_path: Path) 
 
 def test_an_attempt_is_on_record_before_any_rank_can_fail_in_it(two: GlooGroup, tmp_path: Path) -> None:
     root, driver = new_run(tmp_path / "run")
-    task = Looking(mlp, file=root / "attempts.jsonl")
+    task = Looking(mlp, file=root / "kept.jsonl")
     for seen in two.run(looking_loop, config_of(), task, root, driver):
         assert all(seen), "also where rank 0 is slow to write it"
