@@ -8,7 +8,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import FencedError, OrchestratorError, StorageError, StorageLostError, WorkerLostError
 from orchestrator.job import Job, load
 from orchestrator.launching.cluster import RayCluster, address_of, embedded_shape
-from orchestrator.launching.failures import GivenUpError, last_line, lost_mark, read_failures, to_error
+from orchestrator.launching.failures import last_line, lost_mark, read_failures, to_error
 from orchestrator.launching.fleet import FleetSettings
 from orchestrator.launching.homes import Home, owned, stored_uri
 from orchestrator.launching.membership import (
@@ -416,8 +416,8 @@ def _moved(member: Member, home: Home, listener: Listener) -> float | None:
 
 def _never_started(attempt: Fit, known: int, home: Home) -> bool:
     """Whether the workers found no place in time: the fleet is asked again."""
-    failure = getattr(attempt.error, "controller_failure", None)  # only an error of Ray Train's controller has one
-    return failure is not None and not isinstance(failure, GivenUpError) and len(_started(home.folder)) < known
+    controllers = type(attempt.error).__name__ == "ControllerError"
+    return controllers and len(_started(home.folder)) < known and _stopped(home) is None
 
 
 def _fetch_end(home: Home, *, failed: bool) -> None:
@@ -461,6 +461,8 @@ def _restarted(record: Mapping[str, Any]) -> str:
     cause, repeated = str(record.get("cause") or "").replace("_", " "), record.get("repeated_samples") or 0
     told = [text for text in (cause, f"{repeated:,} samples are taken again" if repeated else "") if text]
     line = f"workers were lost and replaced; going on from step {record['step']}"
+    if cause == "resized":
+        return f"now {record['workers']} workers; going on from step {record['step']}"
     return f"{line} ({'; '.join(told)})" if told else line
 
 
@@ -494,14 +496,25 @@ def _asked_again(signals: list[float]) -> bool:
 
 def _explain(error: BaseException, home: Home) -> OrchestratorError:
     """The error as the user should read it: the worker's own words first, Ray's only where there are none."""
-    causes = [failure for failure in read_failures(home.folder) if not failure.is_collateral]
-    if causes:
-        return to_error(causes[0])
-    failure = getattr(error, "controller_failure", error)
-    said = failure if isinstance(failure, GivenUpError) else f"Ray has given the workers up: {last_line(failure)}"
+    stopped = _stopped(home)
+    if stopped is None:
+        said = f"Ray has given the workers up: {last_line(getattr(error, 'controller_failure', error))}"
+    else:
+        for failure in read_failures(home.folder):
+            if failure.rank == stopped["rank"]:
+                return to_error(failure)
+        said = stopped["reason"]
+        if stopped["message"]:
+            said += f"; the last time with: {stopped['message']}"
     return WorkerLostError(
         f"{said}\nrun the same command again to go on from the last checkpoint; the logs are in {home.address}/logs"
     )
+
+
+def _stopped(home: Home) -> Mapping[str, Any] | None:
+    """The record of the failure after which this driver's run was given up, if one was."""
+    log = [record for record in read(home.folder.failure_log) if record["driver"] == home.driver]
+    return log[-1] if log and log[-1]["action"] == "stop" else None
 
 
 def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
@@ -517,9 +530,9 @@ def _write_end(home: Home, config: RunConfig, outcome: Mapping[str, Any], starte
 
 
 def _summary(home: Home, config: RunConfig, outcome: Mapping[str, Any], started: float) -> dict[str, Any]:
-    last = outcome.get("last") or {}
-    train_time_s = last.get("train_time_s") or 0.0
     steps = read(home.folder.metrics)
+    last = outcome.get("last") or _last_recorded(steps, home.folder)
+    train_time_s = last.get("train_time_s") or 0.0
     found = account(read(home.folder.attempts), steps)
     return {
         "name": config.name,
@@ -541,3 +554,10 @@ def _summary(home: Home, config: RunConfig, outcome: Mapping[str, Any], started:
         "report": f"{home.address}/{home.folder.report.name}",
         "logs": f"{home.address}/{home.folder.logs.name}",
     }
+
+
+def _last_recorded(steps: Sequence[Mapping[str, Any]], folder: RunFolder) -> Mapping[str, Any]:
+    """How far a run had come that could not say so at its end."""
+    evaluations = read(folder.evaluations)
+    known = {"evaluation": evaluations[-1]["metrics"]} if evaluations else {}
+    return {**steps[-1], **known} if steps else known

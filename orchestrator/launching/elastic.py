@@ -20,16 +20,23 @@ class Sharing(ElasticScalingPolicy):
     """As many workers as there is room for, on nodes that are not ``avoided``, and as are among ``counts``.
 
     Ray ends all workers for a resize, without notice: what was done since the newest checkpoint is done again. So a
-    running group is resized only once there is a newer checkpoint than when room was found for it.
+    running group is resized only once there is a newer checkpoint than when room was found for it, by ``newest_step``,
+    which is None where that is not known; ``say_resized`` is called before.
     """
 
     def __init__(
-        self, scaling_config: Any, counts: Sequence[int], avoided: Collection[str], newest_step: Callable[[], int]
+        self,
+        scaling_config: Any,
+        counts: Sequence[int],
+        avoided: Collection[str],
+        newest_step: Callable[[], int | None],
+        say_resized: Callable[[], None],
     ) -> None:
         super().__init__(scaling_config)
         self._counts = counts
         self._avoided = avoided
         self._newest_step = newest_step
+        self._say_resized = say_resized
         self._found_at: int | None = None
         """The newest checkpoint's step when room was found."""
 
@@ -50,13 +57,17 @@ class Sharing(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         """Called by Ray Train's controller each time it has looked at its workers."""
-        saved = self._found_at is not None and self._newest_step() > self._found_at
+        newest = None if self._found_at is None else self._newest_step()
+        saved = self._found_at is not None and newest is not None and newest > self._found_at
         if self._found_at is not None and not saved:
             return NoopDecision()
         if saved:
             self._found_at, self._latest_monitor_time = None, float("-inf")  # is there still room?
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if saved or not isinstance(decision, ResizeDecision):
+        if not isinstance(decision, ResizeDecision):
             return decision
-        self._found_at = self._newest_step()
+        if saved:
+            self._say_resized()
+            return decision
+        self._found_at = self._newest_step()  # of a store that does not say: it is asked again at the next look
         return NoopDecision()

@@ -22,12 +22,11 @@ from orchestrator.errors import (
     UserCodeError,
     WorkerLostError,
 )
-from orchestrator.storage.folder import RunFolder, write_json
+from orchestrator.storage.folder import RunFolder, read_json, write_json
 
 __all__ = [
     "PEER_LOST",
     "Failure",
-    "GivenUpError",
     "WorkerFailedError",
     "describe",
     "hanging",
@@ -36,6 +35,7 @@ __all__ = [
     "read_failures",
     "restart_cause",
     "said_by",
+    "say_ending",
     "to_error",
     "write_failure",
 ]
@@ -46,12 +46,17 @@ PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|peer|gloo|nccl|socket|broken pipe|timed? ?out|store", re.IGNORECASE
 )
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|std::bad_alloc", re.IGNORECASE)
+ENDING = "ending.json"
 OURS = str(Path(__file__).resolve().parents[1])
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One worker's last words. ``step`` is the optimizer step it was in, counted from 1; ``node``: of a slow one."""
+    """One worker's last words.
+
+    ``step`` is the optimizer step it was in, counted from 1, and ``micro_batch`` what it ran there, 0 where it had not
+    come so far; ``node``: of a slow one.
+    """
 
     rank: int
     step: int
@@ -61,6 +66,7 @@ class Failure:
     frame: str
     trace: str
     node: str = ""
+    micro_batch: int = 0
 
     @property
     def is_collateral(self) -> bool:
@@ -79,18 +85,7 @@ class WorkerFailedError(Exception):
         return f"rank {self.failure.rank}: {self.failure.error}: {self.failure.message}"
 
 
-class GivenUpError(Exception):
-    """Raised in Ray Train's controller where the restart is not left to Ray; ``said`` are a worker's last words."""
-
-    def __init__(self, reason: str, said: str) -> None:
-        super().__init__(reason, said)
-        self.reason, self.said = reason, said
-
-    def __str__(self) -> str:
-        return f"{self.reason}; the last time with: {self.said}" if self.said else self.reason
-
-
-def describe(error: BaseException, *, rank: int, step: int) -> Failure:
+def describe(error: BaseException, *, rank: int, step: int, micro_batch: int = 0) -> Failure:
     """Classify ``error`` and find the user's own frame in its traceback."""
     return Failure(
         rank=rank,
@@ -101,6 +96,7 @@ def describe(error: BaseException, *, rank: int, step: int) -> Failure:
         frame=_user_frame(error),
         trace="".join(traceback.format_exception(error)),
         node=error.node if isinstance(error, UnhealthyNodeError) else "",
+        micro_batch=micro_batch,
     )
 
 
@@ -120,12 +116,19 @@ def read_failures(folder: RunFolder) -> list[Failure]:
     return sorted(found, key=lambda failure: (failure.is_collateral, failure.rank))
 
 
+def say_ending(folder: RunFolder, cause: str) -> None:
+    """Leave word for the next attempt of what ended this one, where the controller knows."""
+    write_json(folder.failures / ENDING, {"cause": cause})
+
+
 def restart_cause(folder: RunFolder, attempts: Sequence[Mapping[str, object]]) -> str:
-    """What ended the last of ``attempts``: "stopped", "worker_lost", or the kind of the failure it left."""
+    """What ended the last of ``attempts``: "stopped", what ``say_ending`` left, a failure's kind, or "worker_lost"."""
     if not attempts:
         return ""
     if attempts[-1]["event"] == "ended":
         return "stopped"
+    if (said := read_json(folder.failures / ENDING)) is not None:
+        return str(said["cause"])
     causes = [failure for failure in read_failures(folder) if not failure.is_collateral]
     return causes[0].kind if causes else "worker_lost"
 

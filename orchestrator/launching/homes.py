@@ -149,6 +149,9 @@ class StoredHome:
         self._news: list[str] = []
         self._error: OrchestratorError | None = None
         self._end = threading.Event()
+        self._wake = threading.Event()
+        self._wants_stop = False
+        self._one_says_stop = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
     @classmethod
@@ -202,9 +205,9 @@ class StoredHome:
         self._run.publish(self.folder.root, IDENTITY)
 
     def ask_to_stop(self) -> None:
-        """Ask the workers to save and stop; without the store they cannot be asked, nor could they save."""
-        with contextlib.suppress(StorageError):
-            self._given.run(quick=True).store.write(STOP, b"stop")
+        """Ask the workers to save and stop: as soon as the store answers, without which they could not save either."""
+        self._wants_stop = True
+        self._wake.set()
 
     def begin_anew(self) -> None:
         """Forget that workers were asked to stop, and how the last ones ended.
@@ -212,7 +215,9 @@ class StoredHome:
         Raises:
             StorageError: see ``Store``.
         """
-        self._run.store.delete(STOP, OUTCOME)
+        with self._one_says_stop:
+            self._wants_stop = False
+            self._run.store.delete(STOP, OUTCOME)
         self.folder.outcome.unlink(missing_ok=True)
 
     def news(self) -> list[str]:
@@ -253,6 +258,7 @@ class StoredHome:
     def close(self) -> None:
         """Let the next driver in."""
         self._end.set()
+        self._wake.set()
         self._thread.join()
         self._let_go()
 
@@ -262,12 +268,13 @@ class StoredHome:
 
     def _follow(self) -> None:
         beat_at, told_at, failing = time.monotonic(), -TOLD_S, False
-        while not self._end.wait(PULL_S):
+        while not self._ends_in(PULL_S):
             now = time.monotonic()
             try:
                 if now - beat_at >= BEAT_S:
                     self._claim.beat()
                     beat_at = now
+                self._say_stop()
                 self._replica.pull()
             except FencedError as error:
                 self._error = error
@@ -281,3 +288,15 @@ class StoredHome:
                 if failing:
                     self._news.append(f"{self._run.uri} answers again")
                 failing, told_at = False, -TOLD_S
+
+    def _ends_in(self, seconds: float) -> bool:
+        """Wait so long, or until there is something to do; whether this is the end."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+        return self._end.is_set()
+
+    def _say_stop(self) -> None:
+        with self._one_says_stop:
+            if self._wants_stop:
+                self._given.run(quick=True).store.write(STOP, b"stop")
+                self._wants_stop = False

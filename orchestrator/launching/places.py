@@ -98,7 +98,7 @@ class SharedPlace:
         token = Fence.begin(self.folder.control, driver=self._driver)
         attempts = read(self.folder.attempts)
         attempt = Attempt(token, _number(attempts), restart_cause(self.folder, attempts))
-        for stale in self.folder.failures.glob("rank-*.json"):
+        for stale in self.folder.failures.glob("*.json"):
             stale.unlink()
         return attempt
 

@@ -19,15 +19,22 @@ AGAIN_S = 60.0
 
 
 class Room:
-    """Looks now and then whether a group of workers waits for a place.
+    """Looks now and then whether a group of the run's workers waits for a place.
 
     ``resources`` are those of one worker, ``fewest`` how many an elastic run needs at least; 0: it is not elastic.
+    ``driver`` is Ray's id of the job that the command is: the id of a placement group ends in it.
     """
 
     def __init__(
-        self, resources: Mapping[str, float], *, fewest: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        resources: Mapping[str, float],
+        *,
+        driver: str,
+        fewest: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fewest = fewest
+        self._driver = driver
         self._resources = {name: float(amount) for name, amount in resources.items() if amount}
         self._clock = clock
         self._next_look = clock() + LOOK_S
@@ -63,14 +70,12 @@ class Room:
         )
 
     def _groups(self) -> tuple[int, bool]:
-        """For how many workers Ray looks for a place, and whether others have one.
-
-        They are told by what they want, for Ray does not say whose a group is.
-        """
+        """For how many workers Ray looks for a place, and whether there are some that have one."""
         pending, placed = 0, False
-        for group in placement_group_table().values():
+        for number, group in placement_group_table().items():
             bundles = list(group["bundles"].values())
-            if bundles and all(bundle == self._resources for bundle in bundles):
+            own = number.endswith(self._driver)  # Ray's own groups have another shape
+            if own and bundles and all(bundle == self._resources for bundle in bundles):
                 pending = len(bundles) if group["state"] == "PENDING" else pending
                 placed |= group["state"] == "CREATED"
         return pending, placed

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from orchestrator.launching.controller import Leftovers, Recovery, Starts
+from orchestrator.launching.controller import Leftovers, Recovery
 from orchestrator.launching.elastic import Sharing
 
 __all__ = ["SparingTrainer"]
@@ -26,26 +26,22 @@ class SparingTrainer(TorchTrainer):
       cluster on this machine has one, it asks that, hears of no such controller, and takes the workers away.
     - the coordinator of requests for more nodes, which never come.
 
-    Workers that are lost while they start are counted by ``recovery``, where there is one, and their place is cleared.
-    An elastic run grows and shrinks as ``elastic.Sharing`` says, by ``counts``, ``avoided`` and ``newest_step``.
+    What to do about a failure is ``recovery``'s to say, where there is one; an elastic run grows and shrinks by what
+    ``elastic`` makes of its scaling config. Groups whose start failed are cleared away.
     """
 
     def __init__(
         self,
         *args: Any,
         lasting: bool,
-        counts: Sequence[int],
-        avoided: Collection[str],
-        newest_step: Callable[[], int],
         recovery: Recovery | None,
+        elastic: Callable[[Any], Sharing] | None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._lasting = lasting
-        self._counts = counts
-        self._avoided = avoided
-        self._newest_step = newest_step
         self._recovery = recovery
+        self._elastic = elastic
 
     def _create_default_callbacks(self) -> list[Any]:
         spared = (DatasetsCallback,) if self._lasting else (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -55,11 +51,11 @@ class SparingTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         policy = parts["scaling_policy"]
         if self._recovery is not None:
-            parts["failure_policy"] = Starts(parts["failure_policy"], self._recovery)
+            parts["failure_policy"] = self._recovery
         if not self._lasting and type(policy) is FixedScalingPolicy:
             parts["scaling_policy"] = _FixedNodes(policy.scaling_config)
-        if isinstance(policy, ElasticScalingPolicy):
-            parts["scaling_policy"] = Sharing(policy.scaling_config, self._counts, self._avoided, self._newest_step)
+        if self._elastic is not None:
+            parts["scaling_policy"] = self._elastic(policy.scaling_config)
         return super()._initialize_and_run_controller(**parts)
 
 

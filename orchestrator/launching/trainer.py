@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.failure_handling import create_failure_policy
 
 from orchestrator.config import RunConfig
-from orchestrator.launching.controller import Recovery, newest_step
+from orchestrator.launching.controller import Recovery, newest_step, say_resized
+from orchestrator.launching.elastic import Sharing
 from orchestrator.launching.room import Room
 from orchestrator.launching.spared import SparingTrainer
 from orchestrator.launching.worker import Order, work
@@ -28,31 +31,42 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "make_probe_trainer", "make_trainer"]
 
 ELASTIC_START_S = 15.0
-"""How long a group of workers may take to be placed where a smaller one would do; where there is room, a second."""
+"""How long a group of workers may take to be placed where a smaller one would do; where there is room, a second.
+
+A node just lost still counts as room, until Ray has missed it for long enough; the next try is without it.
+"""
 
 
 def make_trainer(order: Order, plan: Plan, config: RunConfig) -> SparingTrainer:
     """A ``TorchTrainer`` that runs ``order`` on the planned workers."""
     counts = elastic_workers(config)
     if counts:
-        # A node just lost still counts as room, until Ray has missed it for long enough: workers for it are given up
-        # on after a minute, and the next try is without it. Ray hands this on to its controller.
-        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{ELASTIC_START_S:g}")
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{ELASTIC_START_S:g}")  # Ray hands it on
+    budgets: dict[str, Any] = {  # the annotations lag behind
+        # How often is decided by ``recovery.answer``; Ray only does as it is told.
+        "max_failures": -1,
+        "max_preemption_failures": -1,
+        "controller_failure_limit": 0 if order.nodes else -1,  # no place there: the fleet is asked again
+    }
+    failures = FailureConfig(**budgets)
     return _trainer(
         work,
         order,
         order,
         plan,
-        workers=config.scale.workers,  # a range is elastic
-        counts=counts,
+        workers=(counts[0], counts[-1]) if counts else config.scale.workers,
         name="ray",
-        # How often is decided by ``recovery.answer``; Ray only does as it is told.
-        budgets={
-            "max_failures": -1,
-            "max_preemption_failures": config.failures.max_preemptions,
-            **({"controller_failure_limit": 0} if order.nodes else {}),  # no place there: the fleet is asked again
-        },
-        recovery=Recovery(order, plan, config),
+        failures=failures,
+        recovery=Recovery(create_failure_policy(failures), order, plan, config),
+        elastic=partial(
+            Sharing,
+            counts=counts,
+            avoided=order.avoid,
+            newest_step=partial(newest_step, order),
+            say_resized=partial(say_resized, order),
+        )
+        if counts
+        else None,
     )
 
 
@@ -61,9 +75,8 @@ def make_probe_trainer(probe: ProbeOrder) -> SparingTrainer:
     from orchestrator.launching.probing import work as work_probe  # which imports this module
 
     workers = probe.plan.layout.workers
-    return _trainer(
-        work_probe, probe, probe.order, probe.plan, workers=workers, name="probe", budgets={"max_failures": 0}
-    )
+    failures = FailureConfig(max_failures=0)
+    return _trainer(work_probe, probe, probe.order, probe.plan, workers=workers, name="probe", failures=failures)
 
 
 def _trainer(
@@ -74,23 +87,20 @@ def _trainer(
     *,
     workers: Any,  # the annotations of Ray's configs lag behind what they take
     name: str,
-    budgets: dict[str, Any],
-    counts: Sequence[int] = (),
+    failures: FailureConfig,
     recovery: Recovery | None = None,
+    elastic: Callable[[Any], Sharing] | None = None,
 ) -> SparingTrainer:
     on_gpu = plan.device == "cuda"
     scale = order.job.config.scale
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if on_gpu else {})}
     # Annotations of Ray's configs lag behind here as well.
     look: dict[str, Any] = {"elastic_resize_monitor_interval_s": scale.resize_interval_s}
-    callbacks: list[Any] = [] if recovery is None else [recovery]
     return SparingTrainer(
         function,
         lasting=order.lasting,
-        counts=counts,
-        avoided=order.avoid,
-        newest_step=partial(newest_step, order),
         recovery=recovery,
+        elastic=elastic,
         train_loop_config={"order": given},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -104,8 +114,7 @@ def _trainer(
             # Ray keeps its own records here. It is given no checkpoints, so nothing in them decides what exists.
             name=name,
             **_rays_own(order),
-            failure_config=FailureConfig(**budgets),
-            callbacks=callbacks,
+            failure_config=failures,
         ),
     )
 
@@ -117,7 +126,8 @@ class Fit:
         self.error: BaseException | None = None
         scaling: Any = trainer.scaling_config  # the annotations lag behind
         fewest = scaling.min_workers if scaling.elasticity_enabled else 0
-        self.room = Room(scaling.resources_per_worker, fewest=fewest)
+        driver = ray.get_runtime_context().get_job_id()
+        self.room = Room(scaling.resources_per_worker, driver=driver, fewest=fewest)
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
         self._thread.start()

@@ -40,6 +40,8 @@ from orchestrator.telemetry.records import read
 __all__ = ["Order", "device_of", "memory_share", "output_in", "work"]
 
 HANG_GRACE_S = 5.0
+ON_PURPOSE = ("stopped", "resized", "preempted_by_the_fleet")
+"""Ends of attempts that are no failures."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def work(order: dict[str, Order]) -> None:
             try:
                 worker.train()
             except BaseException as error:
-                failure = describe(error, rank=rank, step=worker.step + 1)
+                failure = describe(error, rank=rank, step=worker.step + 1, micro_batch=worker.micro_batch)
                 write_failure(place.folder, failure)
                 raise WorkerFailedError(failure) from error
     finally:
@@ -111,6 +113,12 @@ class _Worker:
         self._world_size = world_size
         self._recorder: Any = None
         self._publisher: Publisher | None = None
+        self._memory: Any = None
+
+    @property
+    def micro_batch(self) -> int:
+        """The one of the step that it is in; 0 before the first."""
+        return 0 if self._memory is None else int(self._memory.running)
 
     @property
     def step(self) -> int:
@@ -155,7 +163,11 @@ class _Worker:
         guard = self._place.guard(attempt.token)
         _prepare_on_this_host(self._order.job)
         train_set, evaluation_set = _datasets(self._order.job)
-        config = _for_workers(self._order.job.config, self._world_size, self._order.micro_batch_limit)
+        asked = _for_workers(self._order.job.config, self._world_size)
+        config = _within(asked, self._order.micro_batch_limit)
+        # A limit is no pin: where the job leaves the layout open, the gauge alone keeps the policy below it.
+        is_open = asked.layout.micro_batch == asked.layout.accumulation == "auto"
+        pinned = asked if is_open else config
         plan = make_plan(
             config,
             self._order.shape,
@@ -169,7 +181,7 @@ class _Worker:
         device = device_of(plan)
         probe = self._order.probe
         measured = probe if probe is not None and probe.matches(plan) else None
-        memory = self._gauge(device, plan, measured)
+        self._memory = memory = self._gauge(device, plan, measured)
         self._publisher = self._publish(config, attempt.number, str(device), memory.observe)
         self._recorder = Recorder(
             self._folder,
@@ -195,8 +207,8 @@ class _Worker:
             checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
             recorder=self._recorder,
             scheduler=Scheduler(
-                policy=make_policy(config),
-                config=config,
+                policy=make_policy(pinned),
+                config=pinned,
                 plan=plan,
                 memory=memory,
                 decides=self._rank == 0,
@@ -207,7 +219,7 @@ class _Worker:
             stop_requested=self._place.stop_requested,
             watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
             notice=DrainNotice() if self._order.lasting else NoNotice(),
-            **_past(self._folder),
+            **_past(self._folder, attempt.cause),
         )
 
     def _gauge(self, device: Any, plan: Plan, measured: Probe | None) -> Any:
@@ -239,7 +251,7 @@ class _Worker:
     def _spare(self, plan: Plan) -> frozenset[str]:
         from orchestrator.launching.controller import spare_nodes  # which imports this module
 
-        return spare_nodes(plan, self._order.job.config.scale, self._order.avoid, fewest=self._order.fewest)
+        return spare_nodes(plan, self._order.job.config, self._order.avoid, fewest=self._order.fewest)
 
     def _hangs(self, seen: str) -> None:
         """In the watchdog's thread: leave word of where every thread stands, and end this process.
@@ -321,26 +333,33 @@ def _facts(config: RunConfig, plan: Plan) -> RunFacts:
     )
 
 
-def _past(folder: RunFolder) -> dict[str, Any]:
-    """How often earlier attempts failed, and for how long the run has lived; this attempt is not written down yet."""
-    attempts = read(folder.attempts)
-    failures = sum((1 if one["event"] == "started" else -1) for one in attempts)
-    return {"failures": max(0, failures), "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
+def _past(folder: RunFolder, cause: str) -> dict[str, Any]:
+    """How often earlier attempts failed, and for how long the run has lived; this attempt is not written down yet.
 
-
-def _for_workers(config: RunConfig, workers: int, limit: int | None = None) -> RunConfig:
-    """The config at the number of workers that Ray gave: an elastic range becomes a number.
-
-    With a ``limit`` the micro batch is the largest within it that divides a worker's share of the global batch.
+    ``cause`` is what ended the one before. What was done on purpose is no failure.
     """
-    update: dict[str, Any] = {"scale": config.scale.model_copy(update={"workers": workers})}
-    if limit is not None:
-        batch = config.recipe.batch if config.layout.global_batch == "auto" else config.layout.global_batch
-        share = max(1, batch // workers)
-        micro_batch = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
-        layout = {"global_batch": batch, "micro_batch": micro_batch, "accumulation": "auto"}
-        update["layout"] = config.layout.model_copy(update=layout)
-    return config.model_copy(update=update)
+    attempts = read(folder.attempts)
+    ends = [one.get("cause", "") for one in attempts if one["event"] == "started"][1:] + ([cause] if attempts else [])
+    failures = sum(1 for end in ends if end not in ON_PURPOSE)
+    return {"failures": failures, "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
+
+
+def _for_workers(config: RunConfig, workers: int) -> RunConfig:
+    """The config at the number of workers that Ray gave: an elastic range becomes a number."""
+    return config.model_copy(update={"scale": config.scale.model_copy(update={"workers": workers})})
+
+
+def _within(config: RunConfig, limit: int | None) -> RunConfig:
+    """With the largest micro batch within ``limit`` that divides a worker's share of the same global batch."""
+    if limit is None:
+        return config
+    workers = config.scale.workers
+    assert isinstance(workers, int)
+    batch = config.recipe.batch if config.layout.global_batch == "auto" else config.layout.global_batch
+    share = max(1, batch // workers)
+    micro_batch = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+    layout = {"global_batch": batch, "micro_batch": micro_batch, "accumulation": "auto"}
+    return config.model_copy(update={"layout": config.layout.model_copy(update=layout)})
 
 
 def _layout_key(plan: Plan) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def train(run: Training) -> Outcome:
         with run.engine.clock.part("data_wait"):
             micro_batches = batches.at(state.samples, state.layout)
         decision = run.scheduler.decide(state)
+        run.scheduler.memory.running = state.layout.micro_batch
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),

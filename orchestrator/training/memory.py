@@ -29,6 +29,8 @@ class MemoryGauge:
 
     limit: int | None = None
     """The largest micro batch that may run, after a larger one ran out of memory."""
+    running: int = 0
+    """The micro batch of the step that is under way, or was last."""
 
     def forget(self) -> None:
         """Begin to look for a new peak; a process cannot forget its own."""

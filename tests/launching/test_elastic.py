@@ -16,12 +16,17 @@ class Cluster:
     """How many workers there is room for, and the step of the newest checkpoint; no Ray behind it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room, self.saved = 1, 10
+        self.room = 1
+        self.saved: int | None = 10
+        self.resizes = 0
         look: dict[str, Any] = {"num_workers": (1, 8), "elastic_resize_monitor_interval_s": 0.0}
         config = ScalingConfig(**look, resources_per_worker={"CPU": 1})
-        self.policy = Sharing(config, (1, 2, 4, 8), (), lambda: self.saved)
+        self.policy = Sharing(config, (1, 2, 4, 8), (), lambda: self.saved, self.resized)
         monkeypatch.setattr(self.policy, "_maybe_send_resource_request", lambda: None)
         monkeypatch.setattr(self.policy, "_get_reserved_resources", lambda: {"node": {"CPU": float(self.room)}})
+
+    def resized(self) -> None:
+        self.resizes += 1
 
     def looked_at(self, workers: int) -> int | None:
         """What is decided for so many running workers: another number, or None."""
@@ -57,7 +62,9 @@ def test_a_node_that_is_to_be_left_is_no_room(
     monkeypatch.setattr(ElasticScalingPolicy, "_maybe_send_resource_request", lambda _: None)
     monkeypatch.setattr(ElasticScalingPolicy, "_get_reserved_resources", lambda _: {"w1": {"CPU": 1.0}})
     look: dict[str, Any] = {"num_workers": (1, 8), "elastic_resize_monitor_interval_s": 0.0}
-    policy = Sharing(ScalingConfig(**look, resources_per_worker={"CPU": 1}), (1, 2, 4, 8), avoided, lambda: 0)
+    policy = Sharing(
+        ScalingConfig(**look, resources_per_worker={"CPU": 1}), (1, 2, 4, 8), avoided, lambda: 0, lambda: None
+    )
     decision = policy.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision)
     assert decision.num_workers == workers
@@ -70,6 +77,18 @@ def test_a_group_grows_once_it_has_saved(cluster: Cluster) -> None:
     cluster.saved = 20
     assert cluster.looked_at(1) == 4
     assert cluster.looked_at(4) is None, "there it is"
+    assert cluster.resizes == 1, "said once, and not when it started"
+
+
+def test_a_store_that_does_not_say_what_is_saved_keeps_a_group_as_it_is(cluster: Cluster) -> None:
+    cluster.room, cluster.saved = 5, None
+    assert [cluster.looked_at(1) for _ in range(3)] == [None] * 3
+    cluster.saved = 10
+    assert cluster.looked_at(1) is None, "room was found, but nothing is known to be newer than that"
+    cluster.saved = None
+    assert cluster.looked_at(1) is None
+    cluster.saved = 20
+    assert cluster.looked_at(1) == 4
 
 
 def test_room_that_is_gone_again_is_not_grown_into(cluster: Cluster) -> None:

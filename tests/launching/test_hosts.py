@@ -212,10 +212,11 @@ def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
     assert {f"rank-{rank:05d}.pt" for rank in (0, 1)} <= set(json.dumps(manifest).split('"'))
 
 
-def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts: Hosts, undisturbed: Ended) -> None:
+def test_a_host_that_is_cut_off_and_then_dies_costs_no_more_than_time(hosts: Hosts, undisturbed: Ended) -> None:
     """One worker on each host: those who are left wait for the other in a collective, and nobody says that it is gone.
 
-    The driver is on the head. Ray ends what it had given up once it hears of it; its host then starts Ray again.
+    The driver is on the head. Ray ends what it had given up once it hears of it; its host then starts Ray again. Later
+    all that runs on it is killed at once.
     """
     words = (*RUN, "--set", "name=cut", "--set", "scale.cpus_per_worker=1.5", "--set", "checkpoint.interval_steps=10")
     followed = hosts.start(sys.executable, "-m", "orchestrator", "submit", *words)
@@ -225,11 +226,18 @@ def test_a_host_that_is_cut_off_for_half_a_minute_costs_no_more_than_time(hosts:
     hosts("heal", "w1")
     wait_until(lambda: not hosts.workers_on("w1"), followed)
     hosts("start", "w1", CPUS="2", **HEAD_MAY_GO)
+    wait_until(lambda: newest_attempt(hosts, "cut") == 2, followed)
+    again_at = hosts.step("cut")
+    wait_until(lambda: hosts.step("cut") > again_at + 20, followed)
+    hosts("kill", "w1")
+    hosts("start", "w1", CPUS="2", **HEAD_MAY_GO)
     out, err = followed.communicate(timeout=TIMEOUT_S)
     assert followed.returncode == 0, out + err
-    assert [record["cause"] for record in failures(hosts, "cut")] == ["worker_lost"]
-    assert [len(set(start["nodes"])) for start in starts(hosts, "cut")] == [2, 2]
-    assert starts(hosts, "cut")[1]["step"] >= 20
+    assert {record["action"] for record in failures(hosts, "cut")} == {"restart"}
+    assert [record["cause"] for record in failures(hosts, "cut") if record["cause"] != "start"] == ["worker_lost"] * 2
+    cut, killed = starts(hosts, "cut")[1:]
+    assert [len(set(start["nodes"])) for start in starts(hosts, "cut")] == [2, 2, 2]
+    assert 20 <= cut["step"] < killed["step"]
     assert losses(hosts.run("cut")) == losses(Path(undisturbed.summary["folder"]))
 
 

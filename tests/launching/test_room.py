@@ -17,9 +17,13 @@ class Cluster:
         self.groups: list[dict[str, Any]] = []
         self.free = {"CPU": 1.0}
         self.now = 0.0
-        monkeypatch.setattr(room, "placement_group_table", lambda: dict(enumerate(self.groups)))
+        self.driver = "01000000"
+        monkeypatch.setattr(room, "placement_group_table", self._table)
         monkeypatch.setattr("ray.available_resources", lambda: self.free)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+
+    def _table(self) -> dict[str, dict[str, Any]]:
+        return {f"{number:028x}{self.driver}": group for number, group in enumerate(self.groups)}
 
     def has(self, state: str, *bundles: dict[str, float]) -> None:
         self.groups = [{"state": state, "bundles": dict(enumerate(bundles))}]
@@ -34,13 +38,17 @@ class Cluster:
         return found
 
 
+def room_for(resources: dict[str, float], **options: Any) -> Room:
+    return Room(resources, driver="01000000", **options)
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
 
 
 def test_it_says_what_is_wanted_and_what_is_free(cluster: Cluster) -> None:
-    watching = Room({"CPU": 1.5, "GPU": 1.0}, clock=lambda: cluster.now)
+    watching = room_for({"CPU": 1.5, "GPU": 1.0}, clock=lambda: cluster.now)
     cluster.has("PENDING", *[{"CPU": 1.5, "GPU": 1.0}] * 2)
     assert watching.wanting() is None
     cluster.now = 5.0
@@ -53,7 +61,7 @@ def test_it_says_what_is_wanted_and_what_is_free(cluster: Cluster) -> None:
 
 
 def test_it_says_so_again_each_minute(cluster: Cluster) -> None:
-    watching = Room({"CPU": 1}, clock=lambda: cluster.now)
+    watching = room_for({"CPU": 1}, clock=lambda: cluster.now)
     cluster.has("PENDING", {"CPU": 1.0})
     first, *later = cluster.said(watching, 200.0)
     assert 10.0 <= first <= 16.0
@@ -65,13 +73,13 @@ def test_it_says_so_again_each_minute(cluster: Cluster) -> None:
 )
 def test_it_is_silent_where_workers_have_a_place(cluster: Cluster, state: str, bundle: dict[str, float]) -> None:
     """And where others wait for theirs."""
-    watching = Room({"CPU": 1}, clock=lambda: cluster.now)
+    watching = room_for({"CPU": 1}, clock=lambda: cluster.now)
     cluster.has(state, bundle)
     assert cluster.said(watching, 100.0) == []
 
 
 def test_an_elastic_run_waits_for_its_fewest_workers_without_asking_for_a_place(cluster: Cluster) -> None:
-    watching = Room({"CPU": 1}, fewest=2, clock=lambda: cluster.now)
+    watching = room_for({"CPU": 1}, fewest=2, clock=lambda: cluster.now)
     cluster.has("CREATED", {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0})
     assert cluster.said(watching, 100.0) == []
     cluster.groups = []
@@ -83,7 +91,7 @@ def test_an_elastic_run_waits_for_its_fewest_workers_without_asking_for_a_place(
 
 
 def test_patience_begins_anew_after_a_place_was_found(cluster: Cluster) -> None:
-    watching = Room({"CPU": 1, "GPU": 0}, clock=lambda: cluster.now)
+    watching = room_for({"CPU": 1, "GPU": 0}, clock=lambda: cluster.now)
     cluster.has("PENDING", {"CPU": 1.0})
     assert cluster.said(watching, 9.0) == []
     cluster.groups = []
@@ -91,3 +99,12 @@ def test_patience_begins_anew_after_a_place_was_found(cluster: Cluster) -> None:
     cluster.has("PENDING", {"CPU": 1.0})
     assert cluster.said(watching, 22.0) == []
     assert len(cluster.said(watching, 40.0)) == 1
+
+
+def test_another_run_of_the_same_shape_is_not_its_own(cluster: Cluster) -> None:
+    """Neither does its place hide what this one wants, nor is its waiting told as this one's."""
+    cluster.driver = "02000000"
+    cluster.has("CREATED", {"CPU": 1.0})
+    assert len(cluster.said(room_for({"CPU": 1}, fewest=2, clock=lambda: cluster.now), 50.0)) == 1
+    cluster.has("PENDING", {"CPU": 1.0})
+    assert cluster.said(room_for({"CPU": 1}, clock=lambda: cluster.now), 150.0) == []

@@ -202,6 +202,9 @@ def test_bug_in_the_job_is_shown_once_with_rank_step_and_the_users_line(run: Run
     assert "Traceback" in ended.err
     starts = [r for r in records(tmp_path / "runs" / "buggy", "attempts.jsonl") if r["event"] == "started"]
     assert len(starts) == 1, "a bug is not retried"
+    summary = json.loads((tmp_path / "runs" / "buggy" / "summary.json").read_bytes())
+    assert (summary["state"], summary["step"], summary["samples"]) == ("failed", 29, 29 * 64)
+    assert summary["loss"] == records(tmp_path / "runs" / "buggy")[-1]["loss"]
 
 
 def test_a_run_waits_for_room_and_says_so_and_nan_stops_it_and_names_the_last_good_checkpoint(
@@ -297,6 +300,8 @@ def test_a_run_with_a_range_of_workers_follows_the_cluster(
     starts = [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
     before, fewer, more = starts[-3:]
     assert [start["workers"] for start in (before, fewer, more)] == [2, 1, 2]
+    assert (fewer["cause"], more["cause"]) == ("worker_lost", "resized")
+    assert f"now 2 workers; going on from step {more['step']}" in err
     assert "refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in err
     assert "refactor: batch 64 (1x32x2) -> 64 (2x32x1): 1 -> 2 workers: global batch kept" in err
     steps = records(folder)
