@@ -485,6 +485,8 @@ class CheckpointConfig(Part):
     """Seconds between checkpoints; auto: what loses the least, by the cost of a save and the failures so far."""
     interval_steps: PositiveInt | None = None
     """Also save every so many optimizer steps."""
+    interval_samples: PositiveInt | None = None
+    """Also save each time that progress has passed a multiple of so many reference samples, whatever the batch."""
     keep: PositiveInt = 2
     """How many checkpoints are kept."""
     best: str | None = None

@@ -47,20 +47,27 @@ class Cadence:
     lived_s: float = 0.0
     """From the run's first attempt to the beginning of this one."""
     cost_s: float = 0.0
+    progress: float = 0.0
+    """Reference samples at the last save, or at the beginning of this attempt."""
 
     @classmethod
-    def begin(cls, settings: CheckpointConfig, now: float, *, failures: int, lived_s: float) -> Cadence:
+    def begin(
+        cls, settings: CheckpointConfig, now: float, *, failures: int, lived_s: float, progress: float = 0.0
+    ) -> Cadence:
         """The cadence of an attempt that begins ``now``."""
-        return cls(settings, now, now, failures, lived_s)
+        return cls(settings, now, now, failures, lived_s, progress=progress)
 
-    def due(self, step: int, now: float, *, uploading: bool = False) -> bool:
-        """Whether the state after optimizer step ``step`` should be saved.
+    def due(self, step: int, progress: float, now: float, *, uploading: bool = False) -> bool:
+        """Whether the state after optimizer step ``step`` should be saved; ``progress`` is that before it.
 
-        By time not while the save before is ``uploading``; a save by steps, of which there is one moment, waits for it.
+        By time or progress not while the save before is ``uploading``; a save by steps, of which there is one moment,
+        waits for it.
         """
-        every = self.settings.interval_steps
-        by_time = not uploading and now - self.saved_at >= self.interval_s(now)
-        return by_time or (every is not None and step % every == 0)
+        steps, samples = self.settings.interval_steps, self.settings.interval_samples
+        by_steps = steps is not None and step % steps == 0
+        by_progress = samples is not None and progress // samples > self.progress // samples
+        by_time = now - self.saved_at >= self.interval_s(now)
+        return by_steps or (not uploading and (by_time or by_progress))
 
     def interval_s(self, now: float) -> float:
         """Seconds between two saves, as set or as computed."""
@@ -71,7 +78,7 @@ class Cadence:
         between_failures_s = (PRIOR_S + self.lived_s + now - self.began_at) / (1.0 + self.failures)
         return max(SHORTEST_S, optimal_interval_s(self.cost_s, between_failures_s))
 
-    def saved(self, now: float, cost_s: float) -> Cadence:
-        """After a save that ended ``now`` and held the run up for ``cost_s``."""
+    def saved(self, now: float, cost_s: float, progress: float) -> Cadence:
+        """After a save, at ``progress``, that ended ``now`` and held the run up for ``cost_s``."""
         cost_s = cost_s if not self.cost_s else COST_MEMORY * self.cost_s + (1.0 - COST_MEMORY) * cost_s
-        return replace(self, saved_at=now, cost_s=cost_s)
+        return replace(self, saved_at=now, cost_s=cost_s, progress=progress)

@@ -103,7 +103,13 @@ def train(run: Training) -> Outcome:
     dist.barrier()  # an attempt is on record before any rank can fail in it
     state = _over_the_workers(run, state)
     scaling = run.scheduler.scale(run.engine, state, None)  # a new engine has the recipe's own
-    cadence = Cadence.begin(run.config.checkpoint, time.monotonic(), failures=run.failures, lived_s=run.lived_s)
+    cadence = Cadence.begin(
+        run.config.checkpoint,
+        time.monotonic(),
+        failures=run.failures,
+        lived_s=run.lived_s,
+        progress=state.progress,
+    )
     saved_step, stop = state.step, False
     while not (reason := run.plan.finished(state)) and not stop:
         run.checkpoints.check()
@@ -116,7 +122,7 @@ def train(run: Training) -> Outcome:
         stats = run.engine.step(
             micro_batches,
             learning_rate=_learning_rate(run, state),
-            rank_zero_says=(*_asks(run, cadence, state.step + 1), *spoken(decision)),
+            rank_zero_says=(*_asks(run, cadence, state), *spoken(decision)),
             measure_noise=run.scheduler.measures(state),
         )
         asked_to_stop, save_due, look, *said = stats.rank_zero_says
@@ -132,7 +138,7 @@ def train(run: Training) -> Outcome:
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
         if (save_due or warned or state.best != best) and stats.finite:
-            cadence = cadence.saved(time.monotonic(), _save(run, state, at_once=warned))
+            cadence = cadence.saved(time.monotonic(), _save(run, state, at_once=warned), state.progress)
             saved_step = state.step
     run.watchdog.rest()
     run.tracer.close()
@@ -153,12 +159,13 @@ def _over_the_workers(run: Training, state: TrainState) -> TrainState:
     return state.changed(decision.kind, decision.layout)
 
 
-def _asks(run: Training, cadence: Cadence, step: int) -> tuple[bool, bool, bool]:
-    """What rank 0 asks of all: to stop, to save, and to look whether nodes are about to be taken away.
+def _asks(run: Training, cadence: Cadence, state: TrainState) -> tuple[bool, bool, bool]:
+    """What rank 0 asks of all after ``state``: to stop, to save, and to look whether nodes are about to be taken away.
 
     By time a save is due only once the last one has reached its store, so that nobody waits for it.
     """
-    save_due = cadence.due(step, time.monotonic(), uploading=run.checkpoints.uploading)
+    now, uploading = time.monotonic(), run.checkpoints.uploading
+    save_due = cadence.due(state.step + 1, state.progress, now, uploading=uploading)
     return run.stop_requested(), save_due, run.notice.due()
 
 

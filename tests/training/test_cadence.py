@@ -41,19 +41,33 @@ def test_a_save_that_costs_more_than_it_can_save() -> None:
 def test_the_interval_follows_cost_and_failures() -> None:
     fresh = Cadence.begin(AUTO, 1000.0, failures=0, lived_s=0.0)
     assert fresh.interval_s(1000.0) == 60.0
-    known = fresh.saved(1060.0, 2.0)
+    known = fresh.saved(1060.0, 2.0, 0.0)
     assert known.interval_s(1060.0) == pytest.approx(math.sqrt(2 * 2.0 * PRIOR_S), rel=0.02)
-    often = Cadence.begin(AUTO, 1000.0, failures=23, lived_s=3600.0).saved(1060.0, 2.0)
+    often = Cadence.begin(AUTO, 1000.0, failures=23, lived_s=3600.0).saved(1060.0, 2.0, 0.0)
     assert often.interval_s(1060.0) == pytest.approx(math.sqrt(2 * 2.0 * PRIOR_S / 24), rel=0.03)
-    assert known.saved(2000.0, 4.0).cost_s == 3.0
-    assert not known.due(7, 1600.0)
-    assert known.due(7, 1700.0)
+    assert known.saved(2000.0, 4.0, 0.0).cost_s == 3.0
+    assert not known.due(7, 0.0, 1600.0)
+    assert known.due(7, 0.0, 1700.0)
 
 
 def test_what_is_set_is_kept() -> None:
     cadence = Cadence.begin(CheckpointConfig(interval_s=5.0, interval_steps=10), 0.0, failures=9, lived_s=9.0)
-    assert [cadence.due(step, 1.0) for step in (9, 10, 11)] == [False, True, False]
-    assert cadence.saved(1.0, 100.0).due(3, 6.0)
+    assert [cadence.due(step, 0.0, 1.0) for step in (9, 10, 11)] == [False, True, False]
+    assert cadence.saved(1.0, 100.0, 0.0).due(3, 0.0, 6.0)
+
+
+def test_by_progress_each_multiple_is_saved_once_whatever_the_steps() -> None:
+    settings = CheckpointConfig(interval_s=1000.0, interval_samples=100)
+    cadence = Cadence.begin(settings, 0.0, failures=0, lived_s=0.0, progress=130.0)
+    seen = []
+    for step, progress in enumerate((130.0, 190.0, 205.0, 260.0, 530.0, 590.0, 600.0), start=1):
+        if cadence.due(step, progress, 1.0):
+            seen.append(progress)
+            cadence = cadence.saved(1.0, 0.1, progress + 16.0)  # it is saved after the step
+    assert seen == [205.0, 530.0, 600.0]
+    assert not cadence.due(9, 695.0, 1.0)
+    assert cadence.due(9, 700.0, 1.0)
+    assert not cadence.due(9, 700.0, 1.0, uploading=True), "the save before comes first"
 
 
 def test_a_best_without_a_direction_is_refused() -> None:
