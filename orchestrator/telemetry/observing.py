@@ -108,8 +108,8 @@ class RunObserver:
         meter.count("orchestrator_decisions_total", 1.0, record["kind"])
         meter.set("orchestrator_predicted_goodput_samples_per_second", (record.get("then") or {}).get("goodput"))
 
-    def checkpoint(self, meter: Meter, *, duration_s: float, size_bytes: int) -> None:
-        """A checkpoint is whole: how long it took, and how large it is."""
+    def checkpoint(self, meter: Meter, *, duration_s: float, size_bytes: int | None) -> None:
+        """A checkpoint is whole: how long it took, and how large it is; None where it is gone again already."""
         meter.count("orchestrator_checkpoints_total")
         meter.set("orchestrator_checkpoint_seconds", duration_s)
         meter.set("orchestrator_checkpoint_bytes", size_bytes)
