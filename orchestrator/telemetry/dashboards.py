@@ -193,7 +193,7 @@ FLEET = Dashboard(
                 Panel(
                     "Restarts",
                     "By run and what had ended the attempt before.",
-                    {"{{run}} {{cause}}": "orchestrator_restarts_total"},
+                    {"{{run}} {{cause}}": "orchestrator_restarts_total > 0"},
                     low=0,
                 ),
                 Panel(
@@ -441,7 +441,7 @@ TRAINING = Dashboard(
                     {
                         "done": f"orchestrator_checkpoints_total{{{RUN}}}",
                         "failed": f"orchestrator_checkpoint_failures_total{{{RUN}}}",
-                        "restarts: {{cause}}": f"orchestrator_restarts_total{{{RUN}}}",
+                        "restarts: {{cause}}": f"orchestrator_restarts_total{{{RUN}}} > 0",
                     },
                     low=0,
                 ),

@@ -12,7 +12,7 @@ from orchestrator.scheduling.noise_scale import NoiseScale, statistical_efficien
 from orchestrator.scheduling.observation import KINDS
 from orchestrator.telemetry.accounting import NAMED, Account
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.metrics import STATES
+from orchestrator.telemetry.metrics import RESTARTS, STATES
 from orchestrator.telemetry.progress import Estimator
 
 __all__ = [
@@ -270,9 +270,7 @@ def observe_account(meter: Meter, found: Account) -> None:
         meter.total("orchestrator_lost_seconds_total", found.lost_s.get(cause, 0.0), cause)
     for cause, seconds in found.lost_s.items():
         meter.total("orchestrator_lost_seconds_total", seconds, cause)
-    for cause in ("worker_lost", "stopped"):
-        meter.total("orchestrator_restarts_total", found.restarts.get(cause, 0), cause)
-    for cause, count in found.restarts.items():
+    for cause, count in {**dict.fromkeys(RESTARTS, 0), **found.restarts}.items():
         meter.total("orchestrator_restarts_total", count, cause)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
+from orchestrator.telemetry.metrics import PLANNED_RESTARTS
+
 __all__ = ["ALERTS", "RECORDED", "SCRAPE_S", "Alert", "prometheus_config", "rules_file"]
 
 SCRAPE_S = 5
@@ -133,7 +135,7 @@ ALERTS: Sequence[Alert] = (
     ),
     Alert(
         "OrchestratorRestartsInARow",
-        'sum by (run) (increase(orchestrator_restarts_total{cause!="stopped"}[1h])) > 2.5',
+        f'sum by (run) (increase(orchestrator_restarts_total{{cause!~"{"|".join(PLANNED_RESTARTS)}"}}[1h])) > 2.5',
         "0s",
         "critical",
         "{{ $labels.run }} restarted {{ $value | humanize }} times in an hour",
