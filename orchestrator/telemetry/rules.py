@@ -24,6 +24,11 @@ def _share(part: str, window: str) -> str:
     return f'sum by (run, rank) (rate(orchestrator_rank_seconds_total{{part="{part}"}}[{window}]))'
 
 
+def _decisions(kinds: str) -> str:
+    """Decisions of ``kinds`` in half an hour. An explore ends in a settle; settles beyond those take a change back."""
+    return f'sum by (run) (increase(orchestrator_decisions_total{{kind=~"{kinds}"}}[30m]))'
+
+
 @dataclass(frozen=True)
 class Alert:
     """One alert: what is wrong, for how long it must be, what it means and what to do."""
@@ -152,8 +157,7 @@ ALERTS: Sequence[Alert] = (
     ),
     Alert(
         "OrchestratorSchedulerFlapping",
-        'sum by (run) (increase(orchestrator_decisions_total{kind="grow"}[30m])) > 2.5 and '
-        'sum by (run) (increase(orchestrator_decisions_total{kind=~"shrink|revert"}[30m])) > 2.5',
+        f"{_decisions('grow')} > 2.5 and {_decisions('shrink|revert|settle')} - {_decisions('explore')} > 2.5",
         "0s",
         "warning",
         "the policy of {{ $labels.run }} changes the batch to and fro",
