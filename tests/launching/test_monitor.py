@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -17,16 +18,18 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from ports import free_port
 
 from orchestrator.launching import monitor
-from orchestrator.launching.hub import forget_the_dead, write_target
+from orchestrator.launching.hub import forget_the_dead, targets_folder, write_target
 from orchestrator.telemetry.dashboards import DASHBOARDS, Dashboard, expressions, render
 from orchestrator.telemetry.hub import Board, serve
 from orchestrator.telemetry.meter import Meter, Snapshot
 from orchestrator.telemetry.observing import FleetFacts, observe_fleet, observe_parts
 
 Refuse = Callable[..., str]
+RAY = Path(tempfile.gettempdir()) / "ray"
 
 
 def test_down_where_nothing_was_started(refuse: Refuse) -> None:
@@ -155,7 +158,23 @@ def test_the_dashboards_are_written_where_asked(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "orchestrator", "dashboards", "--output", str(tmp_path), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     written = [Path(path).relative_to(tmp_path).as_posix() for path in json.loads(done.stdout)]
-    assert written == list(monitor.cluster_files())
+    assert written == [monitor.CONFIG, *monitor.cluster_files()]
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "by default"])
+def test_the_configuration_looks_where_this_users_hubs_and_ray_leave_their_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
+) -> None:
+    for name in ("ORCHESTRATOR_TARGETS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+        if chosen:
+            monkeypatch.setenv(name, str(tmp_path / name))
+    targets, ray = (tmp_path / "ORCHESTRATOR_TARGETS", tmp_path / "RAY_TMPDIR") if chosen else (targets_folder(), RAY)
+    monitor.write_cluster_files(tmp_path)
+    jobs = yaml.safe_load((tmp_path / monitor.CONFIG).read_text())["scrape_configs"]
+    files = {job["job_name"]: job["file_sd_configs"][0]["files"] for job in jobs}
+    assert files["orchestrator"] == [f"{targets}/*.json"]
+    assert files["ray"] == [f"{ray}/prom_metrics_service_discovery.json"]
 
 
 def test_the_table_is_printed_for_people_and_for_scripts() -> None:
