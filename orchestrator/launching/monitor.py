@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from orchestrator.errors import ClusterError, RequestError
+from orchestrator.launching.doctor.storage import temporary_folder
 from orchestrator.launching.hub import forget_the_dead, targets_folder, write_target
 from orchestrator.storage.folder import read_json, write_json, write_text
 from orchestrator.telemetry.dashboards import DASHBOARDS, render
@@ -29,8 +30,8 @@ GIVEN = "given.json"
 """Among the hubs' own files: the hubs of clusters elsewhere."""
 ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
 READY_S, STOP_S = 30.0, 10.0
-DISCOVERED = "/tmp/orchestrator/targets"
-"""Where the committed configuration looks for hubs; ``monitor up`` puts this user's own folder instead."""
+COMPOSE, MOUNTED, RAY_MOUNTED = "prometheus/compose.yml", "/tmp/orchestrator/targets", "/tmp/ray"
+"""The configuration for ``cluster/compose.yaml``, and where that mounts what names the hubs and Ray's exporters."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,20 @@ class Monitor:
 
 
 def cluster_files() -> dict[str, str]:
-    """Path below ``cluster/`` and text of every file that is generated."""
+    """Path below ``cluster/`` and text of every file that is the same on every machine."""
     files = {
-        CONFIG: prometheus_config(targets=DISCOVERED, rules="rules.yml"),
+        COMPOSE: prometheus_config(targets=MOUNTED, ray=RAY_MOUNTED, rules="rules.yml"),
         "prometheus/rules.yml": rules_file(),
     }
     return files | {f"grafana/{each.uid.partition('-')[2]}.json": render(each) for each in DASHBOARDS}
 
 
-def write_cluster_files(folder: Path) -> list[Path]:
-    """Write dashboards, rules and configuration below ``folder``; returns their paths."""
+def write_cluster_files(folder: Path, interval_s: int = SCRAPE_S) -> list[Path]:
+    """Write dashboards, rules and a configuration for this user's Prometheus below ``folder``; returns their paths."""
+    targets, ray = targets_folder().absolute(), temporary_folder(os.environ)
+    config = prometheus_config(targets=str(targets), ray=str(ray), rules="rules.yml", interval_s=interval_s)
     written = []
-    for name, text in cluster_files().items():
+    for name, text in {CONFIG: config, **cluster_files()}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -98,9 +101,7 @@ def up(folder: Path, *, port: int, hubs: Sequence[str] = (), interval_s: int = S
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     targets.mkdir(parents=True, exist_ok=True)
     forget_the_dead(targets)
-    write_cluster_files(folder)
-    config = prometheus_config(targets=str(targets), rules="rules.yml", interval_s=interval_s)
-    write_text(folder / CONFIG, config)
+    write_cluster_files(folder, interval_s)
     pid = _start(program, folder, port)
     found = Monitor(pid, psutil.Process(pid).create_time(), f"http://127.0.0.1:{port}", str(folder))
     write_json(folder / NOTE, vars(found))

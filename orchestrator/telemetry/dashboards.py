@@ -193,7 +193,7 @@ FLEET = Dashboard(
                 Panel(
                     "Restarts",
                     "By run and what had ended the attempt before.",
-                    {"{{run}} {{cause}}": "orchestrator_restarts_total"},
+                    {"{{run}} {{cause}}": "orchestrator_restarts_total > 0"},
                     low=0,
                 ),
                 Panel(
@@ -335,14 +335,14 @@ TRAINING = Dashboard(
                 ),
                 Panel(
                     "Model FLOP/s utilization",
-                    "Of a worker's device; needs telemetry.flops_per_sample and telemetry.peak_flops_per_s.",
+                    "Of a worker's device; its peak is the planner's, or telemetry.peak_flops_per_s; none of a CPU.",
                     {"utilization": f"orchestrator_mfu_ratio{{{RUN}}}"},
                     "percentunit",
                     low=0,
                 ),
                 Panel(
                     "Model FLOP/s",
-                    "Per worker; needs telemetry.flops_per_sample.",
+                    "Per worker, from the FLOPs of a sample as the planner traced them, or telemetry.flops_per_sample.",
                     {"per worker": f"orchestrator_model_flops_per_second{{{RUN}}}"},
                     "si:FLOP/s",
                     low=0,
@@ -374,7 +374,7 @@ TRAINING = Dashboard(
                 ),
                 Panel(
                     "Samples",
-                    "Seen in all, and where the run stands: the difference was repeated after restarts.",
+                    "Seen since the hub knows the run, where the run stands, and what was taken again after restarts.",
                     {
                         "seen": f"orchestrator_samples_total{{{RUN}}}",
                         "cursor": f"orchestrator_run_samples{{{RUN}}}",
@@ -441,7 +441,7 @@ TRAINING = Dashboard(
                     {
                         "done": f"orchestrator_checkpoints_total{{{RUN}}}",
                         "failed": f"orchestrator_checkpoint_failures_total{{{RUN}}}",
-                        "restarts: {{cause}}": f"orchestrator_restarts_total{{{RUN}}}",
+                        "restarts: {{cause}}": f"orchestrator_restarts_total{{{RUN}}} > 0",
                     },
                     low=0,
                 ),

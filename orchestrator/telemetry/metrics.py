@@ -6,13 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["KNOWN", "PARTS", "STATES", "TABLE", "Metric", "markdown", "rows"]
+__all__ = ["KNOWN", "PARTS", "PLANNED_RESTARTS", "RESTARTS", "STATES", "TABLE", "Metric", "markdown", "rows"]
 
 PREFIX = "orchestrator_"
 PARTS = ("data_wait", "forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "other")
 """Where a worker's time goes; together they are its wall time."""
 STATES = ("starting", "running", "restarting", "finished", "stopped", "failed")
 """What a run is doing, as its driver sees it."""
+PLANNED_RESTARTS = ("stopped", "resized", "preempted_by_the_fleet", "preempted")
+"""What ends an attempt without anything having failed: its user, the fleet, or whoever takes nodes back."""
+RESTARTS = (
+    *PLANNED_RESTARTS,
+    *("worker_lost", "start", "hang", "slow", "memory", "storage", "user", "request", "run", "unknown"),
+)
+"""All that may have ended the attempt before."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of a time, in s."""
 

@@ -12,7 +12,7 @@ from orchestrator.scheduling.noise_scale import NoiseScale, statistical_efficien
 from orchestrator.scheduling.observation import KINDS
 from orchestrator.telemetry.accounting import NAMED, Account
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.metrics import STATES
+from orchestrator.telemetry.metrics import RESTARTS, STATES
 from orchestrator.telemetry.progress import Estimator
 
 __all__ = [
@@ -108,8 +108,8 @@ class RunObserver:
         meter.count("orchestrator_decisions_total", 1.0, record["kind"])
         meter.set("orchestrator_predicted_goodput_samples_per_second", (record.get("then") or {}).get("goodput"))
 
-    def checkpoint(self, meter: Meter, *, duration_s: float, size_bytes: int) -> None:
-        """A checkpoint is whole: how long it took, and how large it is."""
+    def checkpoint(self, meter: Meter, *, duration_s: float, size_bytes: int | None) -> None:
+        """A checkpoint is whole: how long it took, and how large it is; None where it is gone again already."""
         meter.count("orchestrator_checkpoints_total")
         meter.set("orchestrator_checkpoint_seconds", duration_s)
         meter.set("orchestrator_checkpoint_bytes", size_bytes)
@@ -270,9 +270,7 @@ def observe_account(meter: Meter, found: Account) -> None:
         meter.total("orchestrator_lost_seconds_total", found.lost_s.get(cause, 0.0), cause)
     for cause, seconds in found.lost_s.items():
         meter.total("orchestrator_lost_seconds_total", seconds, cause)
-    for cause in ("worker_lost", "stopped"):
-        meter.total("orchestrator_restarts_total", found.restarts.get(cause, 0), cause)
-    for cause, count in found.restarts.items():
+    for cause, count in {**dict.fromkeys(RESTARTS, 0), **found.restarts}.items():
         meter.total("orchestrator_restarts_total", count, cause)
 
 

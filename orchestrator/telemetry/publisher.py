@@ -5,10 +5,12 @@ The training thread only appends to a queue. A hub that is slow, dead or not the
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.telemetry.meter import Counted, Meter, Snapshot
@@ -18,6 +20,7 @@ __all__ = ["Publisher", "Send"]
 Send = Callable[[Snapshot], Counted]
 """Hands a snapshot to the hub and returns what it holds of earlier incarnations. It may block or raise ``OSError``."""
 P = ParamSpec("P")
+log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 FAREWELL_S = 2.0
 NOTED = 100_000
@@ -45,6 +48,7 @@ class Publisher:
         self._meter = Meter()
         self._notes: deque[Callable[[], None]] = deque(maxlen=NOTED)
         self._before: Counted | None = None
+        self._complained = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
@@ -68,9 +72,9 @@ class Publisher:
 
     def _push(self, *, leaving: bool = False) -> None:
         while self._notes:
-            self._notes.popleft()()
+            self._guarded(self._notes.popleft())
         if self._sample is not None:
-            self._sample(self._meter)
+            self._guarded(partial(self._sample, self._meter))
         snapshot = Snapshot(
             **self._about,
             own=self._meter.counted(),
@@ -84,3 +88,12 @@ class Publisher:
         except OSError:
             if self._about["source"].isdigit():
                 self._meter.count("orchestrator_pushes_failed_total")
+
+    def _guarded(self, observe: Callable[[], None]) -> None:
+        """A note that cannot be folded costs itself alone; the first of them is told of in the process' log."""
+        try:
+            observe()
+        except Exception:  # a thread of its own: what ended it would end these metrics unseen
+            if not self._complained:
+                self._complained = True
+                log.warning("metrics: a note cannot be folded and is left out; so are others like it", exc_info=True)

@@ -22,6 +22,9 @@ from orchestrator.telemetry.story import decisions_told
 __all__ = ["RunData", "load_run", "render"]
 
 EVALUATIONS_SHOWN = 200
+FAILURES_SHOWN = 100
+MESSAGE_SHOWN = 200
+"""Characters of what a worker said last."""
 METRIC_TILES = 4
 TIMES = "\N{MULTIPLICATION SIGN}"
 LAYOUT = (("workers", "workers"), ("micro_batch", "micro batch"), ("accumulation", "accumulated"))
@@ -45,6 +48,8 @@ class RunData:
     """``summary.json``: how the run ended; empty while it goes."""
     decisions: Sequence[Mapping[str, Any]] = ()
     """``decisions.jsonl``: what the policy decided, why, and what came of it."""
+    failures: Sequence[Mapping[str, Any]] = ()
+    """``failures.jsonl``: what ended attempts before their time, and what was done about it."""
 
 
 def load_run(folder: Path) -> RunData:
@@ -56,6 +61,7 @@ def load_run(folder: Path) -> RunData:
         evaluations=records.read(folder / "evaluations.jsonl"),
         decisions=records.read(folder / "decisions.jsonl"),
         attempts=records.read(folder / "attempts.jsonl"),
+        failures=records.read(folder / "failures.jsonl"),
         summary=_load_json(folder / "summary.json"),
     )
 
@@ -71,6 +77,7 @@ def render(run: RunData) -> str:
         _decisions_section(run),
         _time_section(run),
         _attempts_section(run),
+        _failures_section(run.failures),
         _details_section(run),
     ]
     return page(f"{name} · run report", f"<main>{''.join(sections)}</main>", points)
@@ -400,6 +407,25 @@ def _without_end(run: RunData, attempt: Any) -> str:
         return "running, or lost"
     cause = str(later[0].get("cause") or "worker_lost")
     return "lost: its workers ended without a word" if cause == "worker_lost" else f"lost: {_words(cause)}"
+
+
+def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
+    if not failures:
+        return ""
+    latest = failures[-FAILURES_SHOWN:]
+    head = ["When", "Cause", "Node", "Message", "Newest checkpoint", "What was done"]
+    rows = [_failure_row(failure) for failure in latest]
+    shown = "" if len(latest) == len(failures) else f" (last {len(latest)} of {len(failures):,})"
+    return f"<section><h2>Failures{shown}</h2>{_table(head, rows)}</section>"
+
+
+def _failure_row(failure: Mapping[str, Any]) -> list[object]:
+    message = " ".join(str(failure.get("message") or "").split())
+    message = message if len(message) <= MESSAGE_SHOWN else f"{message[: MESSAGE_SHOWN - 1]}…"
+    saved = f"step {human.count(step)}" if (step := failure.get("step")) else "none yet"
+    done = f"{failure.get('action')}: {failure.get('reason')}"
+    when = _clock(failure["time"]) if failure.get("time") else ""
+    return [when, _words(failure.get("cause") or "unknown"), failure.get("node") or "", message, saved, done]
 
 
 def _details_section(run: RunData) -> str:

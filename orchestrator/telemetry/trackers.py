@@ -100,7 +100,8 @@ def require_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"telemetry.trackers: {name} is not installed; pip install 'orchestrator[{name}]'")
+            wanted = PACKAGES[name] if name == "tensorboard" else f"'orchestrator[{name}]'"
+            raise ConfigError(f"telemetry.trackers: {name} is not installed; pip install {wanted}")
 
 
 def make_trackers(names: Sequence[str], *, run: str, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:

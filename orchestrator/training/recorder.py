@@ -250,9 +250,12 @@ class Recorder:
 
 
 def _observe_checkpoint(meter: Meter, observer: RunObserver, saved: Path, duration_s: float) -> None:
-    """In the publisher's thread: looking at every file takes a while."""
-    size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    observer.checkpoint(meter, duration_s=duration_s, size_bytes=size)
+    """In the publisher's thread: looking at every file takes a while, and a newer save may delete it meanwhile."""
+    try:
+        size: int | None = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    except FileNotFoundError:
+        size = None
+    observer.checkpoint(meter, duration_s=duration_s, size_bytes=size if saved.is_dir() else None)
 
 
 def _scheduling(state: TrainState, stats: StepStats) -> dict[str, object]:

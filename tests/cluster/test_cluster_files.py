@@ -95,9 +95,12 @@ def test_volumes_belong_to_the_images_user(compose: dict[str, Any]) -> None:
 
 
 def test_prometheus_sees_every_file_that_names_its_targets(compose: dict[str, Any]) -> None:
-    config = yaml.safe_load((CLUSTER / "prometheus" / "prometheus.yml").read_text())
+    service = compose["services"]["prometheus"]
+    used = next(word.partition("=")[2] for word in service["command"] if word.startswith("--config.file="))
+    assert "./prometheus:/etc/prometheus:ro" in service["volumes"]
+    config = yaml.safe_load((CLUSTER / "prometheus" / Path(used).relative_to("/etc/prometheus")).read_text())
     files = [name for job in config["scrape_configs"] for found in job["file_sd_configs"] for name in found["files"]]
-    mounts = [volume.split(":")[1] for volume in compose["services"]["prometheus"]["volumes"]]
+    mounts = [volume.split(":")[1] for volume in service["volumes"]]
     assert len(files) >= 2
     for name in files:
         assert any(name.startswith(f"{mount}/") for mount in mounts), name

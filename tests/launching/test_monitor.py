@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 from ports import free_port
 
 from orchestrator.launching import monitor
-from orchestrator.launching.hub import forget_the_dead, write_target
+from orchestrator.launching.hub import forget_the_dead, targets_folder, write_target
+from orchestrator.telemetry.dashboards import DASHBOARDS, Dashboard, expressions, render
+from orchestrator.telemetry.hub import Board, serve
+from orchestrator.telemetry.meter import Meter, Snapshot
+from orchestrator.telemetry.observing import FleetFacts, observe_fleet, observe_parts
 
 Refuse = Callable[..., str]
+RAY = Path(tempfile.gettempdir()) / "ray"
 
 
 def test_down_where_nothing_was_started(refuse: Refuse) -> None:
@@ -62,15 +72,65 @@ def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
     assert not psutil.pid_exists(first.pid) or psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on PATH")
+def test_panels_of_a_fleet_and_variables_show_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What test_monitored_run.py cannot ask: its run is in no queue."""
+    monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
+    board = Board(ttl_s=600)
+    told(board)
+    port, stop = serve(board, bind="127.0.0.1", port=free_port(), ports=1)
+    write_target(tmp_path / "targets" / "hub.json", f"127.0.0.1:{port}")
+    watching = monitor.up(tmp_path / "prometheus", port=free_port(), interval_s=1)
+    queries = {query for each in DASHBOARDS for query in expressions(each) if "orchestrator_fleet_" in query}
+    try:
+        assert len(queries) == 9
+        for query in queries:
+            filled = {"query": query.replace("$__rate_interval", "20s")}
+            until(lambda: ask(watching, "query", filled)["result"], query)  # noqa: B023 - called at once
+        for each in DASHBOARDS:
+            found = {name: ask(watching, f"label/{name}/values", {"match[]": of}) for name, of in variables(each)}
+            assert found == {name: {"run": ["a"], "rank": ["0", "1"]}[name] for name in each.variables}
+    finally:
+        monitor.down(tmp_path / "prometheus")
+        stop()
+
+
+def told(board: Board) -> None:
+    """Two ranks of a run and a fleet tell the hub how they are."""
+    waiting = FleetFacts((("a", "q", 2, 0.0), ("b", "q", 0, 9.0)), capacity=2, earned=1.8, decisions=3, moves=1)
+    for run, source in (("a", "0"), ("a", "1"), ("fleet", "fleet")):
+        meter = Meter()
+        if run == "fleet":
+            observe_fleet(meter, waiting)
+        else:
+            meter.set("orchestrator_run_step", 7)
+            observe_parts(meter, {"forward": 0.1})
+        own, gauges = meter.counted(), meter.gauges()
+        board.take(Snapshot(run, source, 1, time.time(), own, totals={}, gauges=gauges))
+
+
+def variables(dashboard: Dashboard) -> list[tuple[str, str]]:
+    """Name of each variable that is asked for, and the series whose labels have its values."""
+    listed = json.loads(render(dashboard))["templating"]["list"]
+    asked_for = [variable["query"]["query"] for variable in listed if variable["type"] == "query"]
+    parsed = [re.fullmatch(r"label_values\((.+), (\w+)\)", query) for query in asked_for]
+    return [(found[2], found[1].replace("$run", "a")) for found in parsed if found is not None]
+
+
+def ask(watching: monitor.Monitor, path: str, query: dict[str, str]) -> Any:
+    return json.loads(asked(f"{watching.url}/api/v1/{path}?{urllib.parse.urlencode(query)}"))["data"]
+
+
 def asked(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as answer:
         return str(answer.read().decode())
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], object], what: str = "") -> None:
     deadline = time.monotonic() + 60
     while not true():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, what
         time.sleep(0.2)
 
 
@@ -98,7 +158,23 @@ def test_the_dashboards_are_written_where_asked(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "orchestrator", "dashboards", "--output", str(tmp_path), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     written = [Path(path).relative_to(tmp_path).as_posix() for path in json.loads(done.stdout)]
-    assert written == list(monitor.cluster_files())
+    assert written == [monitor.CONFIG, *monitor.cluster_files()]
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "by default"])
+def test_the_configuration_looks_where_this_users_hubs_and_ray_leave_their_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
+) -> None:
+    for name in ("ORCHESTRATOR_TARGETS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+        if chosen:
+            monkeypatch.setenv(name, str(tmp_path / name))
+    targets, ray = (tmp_path / "ORCHESTRATOR_TARGETS", tmp_path / "RAY_TMPDIR") if chosen else (targets_folder(), RAY)
+    monitor.write_cluster_files(tmp_path)
+    jobs = yaml.safe_load((tmp_path / monitor.CONFIG).read_text())["scrape_configs"]
+    files = {job["job_name"]: job["file_sd_configs"][0]["files"] for job in jobs}
+    assert files["orchestrator"] == [f"{targets}/*.json"]
+    assert files["ray"] == [f"{ray}/prom_metrics_service_discovery.json"]
 
 
 def test_the_table_is_printed_for_people_and_for_scripts() -> None:

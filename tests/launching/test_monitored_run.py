@@ -342,7 +342,7 @@ def test_every_panel_shows_something(monitored: Monitored, dashboard: Any) -> No
     end = monitored.only("orchestrator_run_step")[-1][0]
     for query in expressions(dashboard):
         if "orchestrator_fleet_" in query:
-            continue  # of runs in a queue, and this one is in none
+            continue  # of runs in a queue, and this one is in none: test_monitor.py asks them
         filled = query.replace("$run", "digits").replace("$rank", ".+").replace("$__rate_interval", "20s")
         found = monitored.ask("query_range", query=filled, start=end - 300, end=end, step=5)["result"]
         assert found, query
@@ -356,7 +356,7 @@ def test_rules_are_evaluated(monitored: Monitored) -> None:
         assert monitored.scraped(name), name
     asked = {one for alert in ALERTS for one in re.findall(r"\borchestrator_\w+(?:\{[^}]*\})?", alert.expr)}
     assert len(asked) > 15
-    for selector in asked:
+    for selector in asked - {"orchestrator_fleet_devices"}:  # this run is in no queue
         assert monitored.scraped(selector), f"an alert asks for {selector}"
     assert monitored.scraped('up{job="orchestrator"}')
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from orchestrator.launching.recovery import Cause
 from orchestrator.telemetry.accounting import Account
 from orchestrator.telemetry.meter import Meter
-from orchestrator.telemetry.metrics import STATES
+from orchestrator.telemetry.metrics import RESTARTS, STATES
 from orchestrator.telemetry.observing import (
     FleetFacts,
     RunFacts,
@@ -152,8 +153,13 @@ def test_the_account_has_a_zero_for_what_did_not_happen() -> None:
     counted = counters(meter)
     assert counted["lost_seconds_total|memory"] == 3.0
     assert counted["lost_seconds_total|checkpoint"] == 0.0
-    assert counted["restarts_total|worker_lost"] == 0
+    assert all(counted[f"restarts_total|{cause}"] == 0 for cause in RESTARTS if cause != "memory")
     assert counted["restarts_total|memory"] == 1
+
+
+def test_whatever_ends_an_attempt_is_counted_from_0_on() -> None:
+    """`increase` does not see a series that begins at 1."""
+    assert set(get_args(Cause)) <= set(RESTARTS)
 
 
 def test_a_fleet_says_who_has_what_and_forgets_who_is_gone() -> None:

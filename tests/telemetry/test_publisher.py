@@ -5,10 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path, PosixPath
+
+import pytest
 
 from orchestrator.telemetry.hub import Board
 from orchestrator.telemetry.meter import Counted, Key, Meter, Snapshot
+from orchestrator.telemetry.observing import RunFacts, RunObserver
 from orchestrator.telemetry.publisher import FAREWELL_S, Publisher
+from orchestrator.training.recorder import _observe_checkpoint
 
 STEPS: Key = ("orchestrator_steps_total", ())
 
@@ -103,3 +108,47 @@ def test_a_sample_is_taken_for_each_snapshot() -> None:
     until(lambda: bool(sent))
     under_test.close()
     assert sent[0].gauges["orchestrator_device_memory_used_bytes", ()] == 7.0
+
+
+def test_what_cannot_be_folded_costs_itself_alone_and_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[Snapshot] = []
+
+    def send(snapshot: Snapshot) -> Counted:
+        sent.append(snapshot)
+        return Counted()
+
+    def broken(_: Meter) -> None:
+        raise FileNotFoundError("a checkpoint that is gone")
+
+    under_test = Publisher(send, run="a", source="0", attempt=1, sample=broken, interval_s=0.01)
+    for observe in (step, broken, broken, step):
+        under_test.note(observe)
+    until(lambda: len(sent) > 3)
+    under_test.note(step)
+    under_test.close()
+    assert sent[-1].leaving
+    assert sent[-1].own.counters[STEPS] == 3
+    (told,) = caplog.records
+    assert "a checkpoint that is gone" in str(told.exc_text)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["a file is gone", "all of it is gone"])
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_counts_without_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    saved = tmp_path / "step-00000010"
+    if left:
+        saved.mkdir()
+        monkeypatch.setattr(Path, "rglob", lambda *_: iter([Vanishing(saved / "state.pt")]))
+    meter = Meter()
+    _observe_checkpoint(meter, RunObserver(RunFacts(64)), saved, 2.0)
+    assert meter.counted().counters["orchestrator_checkpoints_total", ()] == 1
+    assert meter.gauges()["orchestrator_checkpoint_seconds", ()] == 2.0
+    assert ("orchestrator_checkpoint_bytes", ()) not in meter.gauges()
+
+
+class Vanishing(PosixPath):
+    """A file that is deleted between the two looks at it."""
+
+    def is_file(self) -> bool:
+        return True

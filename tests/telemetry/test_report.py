@@ -95,6 +95,7 @@ def test_hostile_names_stay_text(fake_run: Maker) -> None:
         plan={**run.plan, **evil},
         evaluations=[{**e, "metrics": {HOSTILE: 0.5}} for e in run.evaluations],
         attempts=[{**a, "reason": HOSTILE, "workers": HOSTILE, "attempt": HOSTILE} for a in run.attempts],
+        failures=[failure(cause=HOSTILE, node=HOSTILE, message=HOSTILE, action=HOSTILE, reason=HOSTILE)],
         summary={**run.summary, "state": HOSTILE, "folder": HOSTILE, "metrics": {HOSTILE: 0.5}},
     )
     page = Page(render(run))
@@ -130,6 +131,36 @@ def test_an_attempt_that_was_killed_says_so(fake_run: Maker) -> None:
     again = {**run.attempts[2], "cause": "memory"}
     text = Page(render(dataclasses.replace(run, attempts=[run.attempts[0], again, *run.attempts[3:]]))).text
     assert "lost: memory" in text
+
+
+def failure(**fields: Any) -> dict[str, Any]:
+    """A line of failures.jsonl."""
+    known = {"time": 1_760_000_060.0, "driver": "d", "cause": "worker_lost", "step": 1200, "node": "10.0.0.7"}
+    told = {"message": "killed by SIGKILL", "action": "restart", "reason": "workers were lost: restart 1 of 3"}
+    return {**known, **told, **fields}
+
+
+def test_failures_are_told_with_what_was_done_about_them(run_folder: Path) -> None:
+    assert "Failures" not in Page(render(load_run(run_folder))).text
+    long = f"CUDA out of memory\nby {300 * 'x'} END <b>"
+    memory = failure(cause="memory", step=0, node=None, message=long, action="change", reason="out of memory with 8")
+    (run_folder / "failures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (failure(), memory)))
+    text = Page(render(load_run(run_folder))).text
+    assert "Failures When Cause Node Message Newest checkpoint What was done" in text
+    assert (
+        "2025-10-09 08:54:20 UTC worker lost 10.0.0.7 killed by SIGKILL step 1,200 "
+        "restart: workers were lost: restart 1 of 3"
+    ) in text
+    assert "memory CUDA out of memory by xxx" in text
+    assert "xxx… none yet change: out of memory with 8" in text
+
+
+def test_of_many_failures_the_last_are_shown(fake_run: Maker) -> None:
+    many = [failure(step=step) for step in range(1, 151)]
+    text = Page(render(dataclasses.replace(fake_run(20, restart_at=None), failures=many))).text
+    assert "Failures (last 100 of 150)" in text
+    assert "step 51 restart" in text
+    assert "step 50 restart" not in text
 
 
 def test_a_run_between_attempts_is_stopped(fake_run: Maker) -> None:
@@ -178,7 +209,7 @@ def test_the_page_of_a_long_run_is_no_longer_than_that_of_a_shorter_one(fake_run
 
 
 def test_load_run_of_an_empty_folder(tmp_path: Path) -> None:
-    assert load_run(tmp_path) == RunData({}, {}, [], [], [], {}, [])
+    assert load_run(tmp_path) == RunData({}, {}, [], [], [], {}, [], [])
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])

@@ -39,7 +39,7 @@ def test_every_alert_is_tested_firing_and_not_firing() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("test", "rules", "rules_test.yml"), ("check", "rules", "rules.yml"), ("check", "config", "prometheus.yml")],
+    [("test", "rules", "rules_test.yml"), ("check", "rules", "rules.yml"), ("check", "config", "compose.yml")],
 )
 def test_promtool_agrees(words: tuple[str, ...]) -> None:
     promtool = shutil.which("promtool")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import threading
 from collections.abc import Mapping
@@ -73,10 +74,11 @@ def test_wandb_writes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list((tmp_path / "wandb").glob("offline-run-*/run-digits.wandb"))
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "wanted"), [("mlflow", "'orchestrator[mlflow]'"), ("tensorboard", "tensorboardX")])
+def test_a_tracker_that_is_not_installed_is_refused(name: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'orchestrator\[mlflow\]'"):
-        require_trackers(["mlflow"])
+    with pytest.raises(ConfigError, match=re.escape(f"pip install {wanted}")):
+        require_trackers([name])
 
 
 class Recording:
