@@ -420,7 +420,8 @@ def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _failure_row(failure: Mapping[str, Any]) -> list[object]:
-    message = " ".join(str(failure.get("message") or "").split())
+    by = "" if failure.get("rank") is None else f"rank {failure['rank']}: "
+    message = by + " ".join(str(failure.get("message") or "").split())
     message = message if len(message) <= MESSAGE_SHOWN else f"{message[: MESSAGE_SHOWN - 1]}…"
     saved = f"step {human.count(step)}" if (step := failure.get("step")) else "none yet"
     done = f"{failure.get('action')}: {failure.get('reason')}"

@@ -143,7 +143,9 @@ def failure(**fields: Any) -> dict[str, Any]:
 def test_failures_are_told_with_what_was_done_about_them(run_folder: Path) -> None:
     assert "Failures" not in Page(render(load_run(run_folder))).text
     long = f"CUDA out of memory\nby {300 * 'x'} END <b>"
-    memory = failure(cause="memory", step=0, node=None, message=long, action="change", reason="out of memory with 8")
+    memory = failure(
+        cause="memory", rank=1, step=0, node=None, message=long, action="change", reason="out of memory with 8"
+    )
     (run_folder / "failures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (failure(), memory)))
     text = Page(render(load_run(run_folder))).text
     assert "Failures When Cause Node Message Newest checkpoint What was done" in text
@@ -151,7 +153,7 @@ def test_failures_are_told_with_what_was_done_about_them(run_folder: Path) -> No
         "2025-10-09 08:54:20 UTC worker lost 10.0.0.7 killed by SIGKILL step 1,200 "
         "restart: workers were lost: restart 1 of 3"
     ) in text
-    assert "memory CUDA out of memory by xxx" in text
+    assert "memory rank 1: CUDA out of memory by xxx" in text
     assert "xxx… none yet change: out of memory with 8" in text
 
 
