@@ -311,11 +311,34 @@ def fleet_environment(tools: Tools, values: dict[str, Any]) -> dict[str, str]:
     return {name.removeprefix(prefix): value for name, value in said.items() if name.startswith(prefix)}
 
 
-def test_disruption_budgets_are_the_workers_and_on_request_the_heads(tools: Tools) -> None:
-    """Of today's API; an older server, which gets the older one, is in test_api_server.py."""
-    assert only(rendered(tools), "PodDisruptionBudget")["apiVersion"] == "policy/v1"
-    both = of_kind(rendered(tools, {"podDisruptionBudget": {"protectHead": True}}), "PodDisruptionBudget")
-    assert {budget["spec"]["maxUnavailable"] for budget in both} == {0, 1}
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({}, {}),  # one worker: whoever keeps it never drains its node
+        ({"workerGroups": {"cpu": {"replicas": 4}, "gpu": {}}}, {"workers": 4}),
+        ({"workerGroups": {"cpu": {"replicas": 4, "minReplicas": 3}}, "autoscaler": {"enabled": True}}, {"workers": 2}),
+        ({"workerGroups": {"cpu": {"replicas": 3}}, "podDisruptionBudget": {"maxUnavailable": 3}}, {}),
+        ({"podDisruptionBudget": {"protectHead": True}}, {"head": 1}),
+        ({"podDisruptionBudget": {"protectHead": True}, "cluster": {"enabled": False}}, {}),
+    ],
+    ids=str,
+)
+def test_a_disruption_budget_leaves_some_pod_to_be_taken(
+    tools: Tools, values: dict[str, Any], kept: dict[str, int]
+) -> None:
+    budgets = of_kind(rendered(tools, values), "PodDisruptionBudget")
+    assert {b["metadata"]["name"].rpartition("-")[2]: b["spec"]["minAvailable"] for b in budgets} == kept
+    assert {b["apiVersion"] for b in budgets} <= {"policy/v1"}, "an older server is in test_api_server.py"
+
+
+def test_disruption_budgets_can_be_computed_for_pods_of_a_raycluster(random_objects: list[dict[str, Any]]) -> None:
+    """It has no scale subresource: with maxUnavailable or a percentage Kubernetes would allow no eviction at all."""
+    budgets = of_kind(random_objects, "PodDisruptionBudget")
+    assert len(budgets) > RANDOM / 10
+    for spec in (budget["spec"] for budget in budgets):
+        assert "maxUnavailable" not in spec
+        assert type(spec["minAvailable"]) is int
+        assert spec["selector"]["matchLabels"]["ray.io/cluster"], "those of another cluster are not to stand for them"
 
 
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:

@@ -116,6 +116,17 @@ ORCHESTRATOR_FLEET_QUOTAS: {{ join "," . | quote }}
 {{- toYaml (mergeOverwrite (deepCopy .root.Values.workerDefaults) (deepCopy (default dict .group))) -}}
 {{- end -}}
 
+{{/* How many worker pods the team's cluster has at all times: with an autoscaler no more than its groups' fewest are sure. */}}
+{{- define "orchestrator.steadyWorkers" -}}
+{{- $pods := 0 -}}
+{{- range $fields := .Values.workerGroups -}}
+{{- $group := include "orchestrator.group" (dict "root" $ "group" $fields) | fromYaml -}}
+{{- $replicas := ternary $group.minReplicas $group.replicas $.Values.autoscaler.enabled -}}
+{{- $pods = add $pods (mul (int $replicas) (int $group.numOfHosts)) -}}
+{{- end -}}
+{{- $pods -}}
+{{- end -}}
+
 {{/* Node labels that a group's hardware means: the group. */}}
 {{- define "orchestrator.hardwareSelector" -}}
 {{- $labels := dict -}}
