@@ -288,8 +288,15 @@ def test_with_a_fleet_runs_share_the_team_s_cluster_unless_they_want_their_own(t
     assert (own["backoffLimit"], "clusterSelector" in own, "fleet" in own["entrypoint"]) == (3, False, False)
 
 
+def test_submit_learns_what_the_team_s_cluster_has(tools: Tools) -> None:
+    found = rendered(tools, {**FLEET, "workerGroups": {"gpu": {"gpu": {"count": 2}}}})
+    (published,) = [o["data"] for o in of_kind(found, "ConfigMap") if "rayjob.yaml" in o["data"]]
+    assert yaml.safe_load(published["raycluster.yaml"]) == only(found, "RayCluster")["spec"]
+
+
 def test_without_a_fleet_nothing_is_shared(tools: Tools) -> None:
     found = with_embedded(rendered(tools, JOB))
+    assert not [o for o in of_kind(found, "ConfigMap") if "raycluster.yaml" in o["data"]]
     assert not any(map(shared, of_kind(found, "RayJob")))
     assert "ORCHESTRATOR_FLEET" not in json.dumps(found)
 
