@@ -348,6 +348,23 @@ def test_disruption_budgets_can_be_computed_for_pods_of_a_raycluster(random_obje
         assert spec["selector"]["matchLabels"]["ray.io/cluster"], "those of another cluster are not to stand for them"
 
 
+def test_the_hub_is_scraped_on_the_head_alone_and_by_the_name_that_its_alert_asks_for(tools: Tools) -> None:
+    found = rendered(tools, JOB)
+    endpoints = {endpoint["port"]: endpoint for endpoint in only(found, "PodMonitor")["spec"]["podMetricsEndpoints"]}
+    relabelings = endpoints["run-metrics"]["relabelings"]
+    (kept,) = [rule for rule in relabelings if rule.get("action") == "keep"]
+    assert (kept["sourceLabels"], kept["regex"]) == (["__meta_kubernetes_pod_label_orchestrator_group"], "head")
+    (job,) = [rule["replacement"] for rule in relabelings if rule.get("targetLabel") == "job"]
+    rules = [rule for group in only(found, "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+    (hub_down,) = [rule["expr"] for rule in rules if rule.get("alert") == "OrchestratorHubDown"]
+    assert f'up{{job="{job}"}}' in hub_down
+    assert not [rule for rule in endpoints["metrics"]["relabelings"] if "job" in rule.values()]
+    for manifest in found:
+        for where, template in manifests.pods(manifest):
+            ports = [port["name"] for c in template["spec"]["containers"] for port in c.get("ports", [])]
+            assert ("run-metrics" in ports) == (where == "head"), where
+
+
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
     done = tools("helm", "template", "t", str(CHART), "--api-versions", "ray.io/v1")
     assert done.code == 0, done.err

@@ -222,9 +222,9 @@ spec:
         - {name: gcs-server, containerPort: 6379, protocol: TCP}
         - {name: dashboard, containerPort: 8265, protocol: TCP}
         - {name: client, containerPort: 10001, protocol: TCP}
+        - {name: run-metrics, containerPort: 9400, protocol: TCP}
         {{- end }}
         - {name: metrics, containerPort: 8080, protocol: TCP}
-        - {name: run-metrics, containerPort: 9400, protocol: TCP}
       resources:
         {{- include "orchestrator.resources" $group | nindent 8 }}
       securityContext:
