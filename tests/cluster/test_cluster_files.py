@@ -39,6 +39,7 @@ def test_image_has_stages_a_user_and_both_variants() -> None:
     last = text.rpartition("\nFROM ")[2]
     assert text.count("\nFROM ") == 2
     assert "USER 1000:1000" in last
+    assert {"wget", "openssh-client", "rsync"} <= set(last.split()), "the operator's probes, and Ray's cluster launcher"
     assert "HEALTHCHECK" in last
     assert {"cpu)", "cuda)"} <= set(text.split())
     copied = {
@@ -63,7 +64,11 @@ def test_ray_takes_the_aws_file() -> None:
     assert sum(group.get("max_workers", 0) for group in groups.values()) <= config["max_workers"]
     for group in groups.values():
         assert group["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-    assert not re.search("AKIA|aws_secret|access_key", (CLUSTER / "aws.yaml").read_text(), re.IGNORECASE)
+    written = (CLUSTER / "aws.yaml").read_text()
+    changes = [line for line in written.splitlines() if re.search(r"\S.*# CHANGE", line)]
+    words = ["no", "one", "two", "three", "four", "five", "six"]
+    assert f"{words[len(changes)].title()} lines say CHANGE" in (REPOSITORY / "docs" / "aws.md").read_text()
+    assert not re.search("AKIA|aws_secret|access_key", written, re.IGNORECASE)
 
 
 def test_compose_publishes_on_loopback_only(compose: dict[str, Any]) -> None:
