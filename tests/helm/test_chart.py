@@ -365,6 +365,11 @@ def test_the_hub_is_scraped_on_the_head_alone_and_by_the_name_that_its_alert_ask
             assert ("run-metrics" in ports) == (where == "head"), where
 
 
+def test_the_pod_of_helm_test_stays_for_its_logs_to_be_read(tools: Tools) -> None:
+    (pod,) = of_kind(rendered(tools), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
     done = tools("helm", "template", "t", str(CHART), "--api-versions", "ray.io/v1")
     assert done.code == 0, done.err
