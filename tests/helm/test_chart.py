@@ -370,6 +370,22 @@ def test_the_pod_of_helm_test_stays_for_its_logs_to_be_read(tools: Tools) -> Non
     assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
 
 
+def test_in_the_spot_fleet_drivers_are_on_the_group_on_demand(tools: Tools) -> None:
+    found = with_embedded(rendered(tools, JOB, "--values", str(CHART / "presets" / "spot-fleet.yaml")))
+    jobs = of_kind(found, "RayJob")
+    assert len(jobs) == 2
+    for spec in (job["spec"] for job in jobs):
+        (wanted,) = json.loads(spec["entrypointResources"])
+        start = {g["groupName"]: g["rayStartParams"] for g in spec["rayClusterSpec"]["workerGroupSpecs"]}
+        offered = {
+            name: json.loads(shlex.split(parameters["resources"])[0])  # as the shell hands it to Ray
+            for name, parameters in start.items()
+            if "resources" in parameters
+        }
+        assert offered == {"driver": {wanted: 4}}
+    assert "entrypointResources" not in only(rendered(tools, JOB), "RayJob")["spec"]
+
+
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
     done = tools("helm", "template", "t", str(CHART), "--api-versions", "ray.io/v1")
     assert done.code == 0, done.err
@@ -404,6 +420,7 @@ def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
         ({"jobs": {"x": {"job": "a:b", "queue": "Team A"}}}, "/jobs/x/queue"),
         ({"jobs": {"x": {"job": "a:b", "priority": 11}}}, "/jobs/x/priority"),
         ({"jobDefaults": {"deadlineSeconds": -1}}, "/jobDefaults/deadlineSeconds"),
+        ({"jobDefaults": {"entrypointResources": {"driver": 0}}}, "/jobDefaults/entrypointResources/driver"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -438,6 +455,7 @@ def in_fleet(**fields: Any) -> dict[str, Any]:
         ({"jobs": {"d": {"job": "a:b", "workerGroups": {"gpu": {}}}}}, "no such worker group; valid: cpu"),
         ({"jobs": {"d": {"job": "a:b", "set": {"name": "x"}}}}, "jobs.d.runName"),
         ({"jobs": {"d": {"job": "a:b", "env": {"WANDB_API_KEY": "x"}}}}, "jobs.d.env.WANDB_API_KEY"),
+        ({"jobDefaults": {"entrypointResources": {"driver": 1}}}, "jobDefaults.entrypointResources.driver: no worker"),
         ({"env": {"DB_PASSWORD": "x"}}, "env.DB_PASSWORD looks like a credential"),
         ({"storage": {"uri": "/runs"}}, "storage.claimName"),
         ({"storage": {"uri": "/other", "claimName": "c"}}, 'storage.uri="/other" is not below storage.mountPath'),

@@ -398,6 +398,9 @@ spec:
     {{- . | nindent 4 }}
   {{- end }}
   entrypointNumCpus: {{ $job.entrypointCpus }}
+  {{- with $job.entrypointResources }}
+  entrypointResources: {{ toJson . | quote }}
+  {{- end }}
   submissionMode: {{ $mode }}
   {{- if eq $mode "K8sJobMode" }}
   submitterPodTemplate:
