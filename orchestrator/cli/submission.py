@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +25,7 @@ from orchestrator.cli.requests import run_request, to_stderr
 if TYPE_CHECKING:
     from orchestrator.launching.jobs import Attempt, Extras, JobServer
     from orchestrator.launching.preflight import RunRequest
+    from orchestrator.planning.plan import Plan
 
 __all__ = ["app"]
 
@@ -44,12 +45,16 @@ def submit(
         list[str] | None, typer.Option(metavar="REQUIREMENT", help="To install before, or a requirements file.")
     ] = None,
     working_dir: Annotated[str, typer.Option(metavar="FOLDER", help="The code: a folder, or a zip's address.")] = ".",
-    driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs for the driver; above 0 it leaves the head.")] = 0.0,
-    follow: Annotated[bool, typer.Option(help="Show what the run prints, and end as it ends.")] = True,
+    driver_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs for the driver; above 0 it leaves the head.")
+    ] = None,
+    follow: Annotated[
+        bool | None, typer.Option("--follow/--no-follow", help="Show what the run prints, and end as it ends.")
+    ] = None,
     kubernetes: Annotated[bool, typer.Option("--kubernetes", help="As a RayJob, where the chart says.")] = False,
     release: Annotated[
-        str, typer.Option(help="With --kubernetes: the prefix of the chart's objects.")
-    ] = "orchestrator",
+        str | None, typer.Option(help="With --kubernetes: the prefix of the chart's objects; else orchestrator.")
+    ] = None,
     namespace: Annotated[str | None, typer.Option(help="With --kubernetes; by default the context's.")] = None,
     context: Annotated[str | None, typer.Option(help="With --kubernetes: a context of the kubeconfig.")] = None,
     dry_run: Annotated[
@@ -62,12 +67,21 @@ def submit(
     """Send JOB to a cluster; giving the command twice is harmless, and goes on with a stopped or killed run."""
     from orchestrator.launching.jobs import Extras
 
+    if kubernetes:
+        _refuse(
+            {"--address": address, "--follow": follow or None},
+            "--kubernetes asks the API server and follows nothing: leave out",
+        )
+    else:
+        only = {"--release": release, "--namespace": namespace, "--context": context, "--dry-run": dry_run or None}
+        _refuse(only, "without --kubernetes there is no use for")
     extras = Extras(env=tuple(env or ()), pip=tuple(pip or ()), working_dir=working_dir, cpus=driver_cpus)
     request = run_request(job, arg, override, None, fresh=fresh, force=force_config, queue=queue, priority=priority)
     if kubernetes:
-        _submit_rayjob(request, extras, release, namespace, context, dry_run=dry_run, as_json=as_json)
+        where = (release or "orchestrator", namespace, context)
+        _submit_rayjob(request, extras, where, dry_run=dry_run, as_json=as_json)
     else:
-        _submit_job(request, extras, address, follow=follow, as_json=as_json)
+        _submit_job(request, extras, address, follow=follow is not False, as_json=as_json)
 
 
 @app.command()
@@ -134,6 +148,14 @@ def wait(
     raise typer.Exit(1 if attempt.exit_code is None else attempt.exit_code)
 
 
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Refuse the options that were given and would be passed over."""
+    from orchestrator.errors import RequestError
+
+    if given := [name for name, value in options.items() if value is not None]:
+        raise RequestError(f"{why} {' and '.join(given)}")
+
+
 def _server(address: str | None) -> JobServer:
     from orchestrator.launching.jobs import JobServer
 
@@ -145,10 +167,7 @@ def _submit_job(request: RunRequest, extras: Extras, address: str | None, *, fol
 
     server = _server(address)
     attempt, made = submit_job(request, extras, server, to_stderr)
-    if made is not None:
-        from orchestrator.telemetry.planned import plan_lines
-
-        to_stderr("\n".join(plan_lines(made)))
+    _say_plan(made)
     if attempt.ended:
         to_stderr(f"{attempt.submission_id}: finished already; --fresh starts anew")
     if follow:
@@ -157,20 +176,21 @@ def _submit_job(request: RunRequest, extras: Extras, address: str | None, *, fol
         _say_status(attempt, as_json)
 
 
+def _say_plan(plan: Plan | None) -> None:
+    from orchestrator.telemetry.planned import plan_lines
+
+    if plan is not None:
+        to_stderr("\n".join(plan_lines(plan)))
+
+
 def _submit_rayjob(
-    request: RunRequest,
-    extras: Extras,
-    release: str,
-    namespace: str | None,
-    context: str | None,
-    *,
-    dry_run: bool,
-    as_json: bool,
+    request: RunRequest, extras: Extras, where: tuple[str, str | None, str | None], *, dry_run: bool, as_json: bool
 ) -> None:
     from orchestrator.launching.jobs import RUN
     from orchestrator.launching.rayjobs import Place, create
 
-    made, new = create(request, extras, Place(release, namespace, context), dry_run=dry_run)
+    made, new, plan = create(request, extras, Place(*where), to_stderr, dry_run=dry_run)
+    _say_plan(plan)
     name, space = made["metadata"]["name"], made["metadata"]["namespace"]
     state = (made.get("status") or {}).get("jobDeploymentStatus", "")
     if as_json:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import ClusterError, ClusterLostError, DataError, RequestError, did_you_mean
-from orchestrator.job import load
+from orchestrator.errors import ClusterError, ClusterLostError, DataError, RequestError, StorageError, did_you_mean
+from orchestrator.job import Job, load
 from orchestrator.launching.packing import pack
 from orchestrator.launching.preflight import RunRequest, prepare
 from orchestrator.planning.cluster import ClusterShape
@@ -44,6 +44,7 @@ __all__ = [
     "dashboard_address",
     "make_submission",
     "named",
+    "plan_there",
     "submit",
 ]
 
@@ -66,13 +67,13 @@ class Extras:
     """What a run takes along: environment, pip requirements, code, and CPUs for its driver.
 
     ``working_dir`` is a folder to pack, or the address of a zip. ``cpus`` above 0 lets Ray place the driver on any
-    node that has them, so that it need not share the head's fate.
+    node that has them, so that it need not share the head's fate; None leaves it to whoever starts the run.
     """
 
     env: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
     working_dir: str = "."
-    cpus: float = 0.0
+    cpus: float | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment as a mapping.
@@ -186,7 +187,7 @@ def make_submission(request: RunRequest, config: RunConfig, extras: Extras) -> S
         command=f"exec {command}",
         request=hashlib.sha256(command.encode()).hexdigest()[:16],
         runtime_env={"env_vars": variables, **({"pip": requirements} if requirements else {})},
-        cpus=extras.cpus,
+        cpus=extras.cpus or 0.0,
     )
 
 
@@ -238,18 +239,27 @@ def submit(
     """
     job = load(request.job, request.args, request.overrides)
     submission = make_submission(request, job.config, extras)
-    plan = None
-    try:
-        sizes = prepare(job)
-        plan = make_plan(job.config, server.shape(), train_samples=sizes[0], evaluation_samples=sizes[1])
-    except DataError as error:
-        note(f"the plan is left to the cluster, since the data is not here: {error}")
+    plan = plan_there(job, server.shape(), note)
     choice = choose(submission, server.attempts(), fresh=request.fresh)
     if choice.existing:
         return choice.existing, plan
     with _code(extras.working_dir, note) as working_dir:
         server.start(submission, choice, working_dir)
     return server.attempt(choice.submission_id), plan
+
+
+def plan_there(job: Job, shape: ClusterShape, note: Callable[[str], None]) -> Plan | None:
+    """The plan that the run will make on a cluster of this shape, or None where this machine cannot read its data.
+
+    Raises:
+        RequestError: the run cannot be as it is asked for.
+    """
+    try:
+        sizes = prepare(job)
+        return make_plan(job.config, shape, train_samples=sizes[0], evaluation_samples=sizes[1])
+    except (DataError, StorageError) as error:
+        note(f"the plan is left to the cluster, since the data is not here: {error}")
+        return None
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+import s3_server
 from kube import REPOSITORY, tool
 
 CLUSTER = REPOSITORY / "cluster"
@@ -36,6 +39,7 @@ def test_image_has_stages_a_user_and_both_variants() -> None:
     last = text.rpartition("\nFROM ")[2]
     assert text.count("\nFROM ") == 2
     assert "USER 1000:1000" in last
+    assert {"wget", "openssh-client", "rsync"} <= set(last.split()), "the operator's probes, and Ray's cluster launcher"
     assert "HEALTHCHECK" in last
     assert {"cpu)", "cuda)"} <= set(text.split())
     copied = {
@@ -60,7 +64,11 @@ def test_ray_takes_the_aws_file() -> None:
     assert sum(group.get("max_workers", 0) for group in groups.values()) <= config["max_workers"]
     for group in groups.values():
         assert group["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-    assert not re.search("AKIA|aws_secret|access_key", (CLUSTER / "aws.yaml").read_text(), re.IGNORECASE)
+    written = (CLUSTER / "aws.yaml").read_text()
+    changes = [line for line in written.splitlines() if re.search(r"\S.*# CHANGE", line)]
+    words = ["no", "one", "two", "three", "four", "five", "six"]
+    assert f"{words[len(changes)].title()} lines say CHANGE" in (REPOSITORY / "docs" / "aws.md").read_text()
+    assert not re.search("AKIA|aws_secret|access_key", written, re.IGNORECASE)
 
 
 def test_compose_publishes_on_loopback_only(compose: dict[str, Any]) -> None:
@@ -92,6 +100,33 @@ def test_volumes_belong_to_the_images_user(compose: dict[str, Any]) -> None:
     (made,) = [line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if "install --directory" in line]
     volumes = {volume for name in ("head", "worker") for volume in compose["services"][name]["volumes"]}
     assert {volume.split(":")[1] for volume in volumes} == set(made.split("--group=1000 ")[1].split())
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_compose_makes_the_bucket_that_its_first_lines_write_to(compose: dict[str, Any], tmp_path: Path) -> None:
+    """On a server that has none yet, and again after a restart."""
+    if reason := s3_server.no_weed():
+        pytest.skip(reason)
+    (named,) = re.findall(r"checkpoint\.uri=s3://(\w+)/", (CLUSTER / "compose.yaml").read_text())
+    service = compose["services"]["bucket"]
+    assert service["entrypoint"] == ["python", "-c"]
+    server = s3_server.Weed(tmp_path / "s3")
+    server.start()
+    try:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_REGION": service["environment"]["AWS_REGION"],
+            "AWS_ACCESS_KEY_ID": s3_server.KEY,
+            "AWS_SECRET_ACCESS_KEY": s3_server.SECRET,
+        }
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", *service["command"]], env=environment, check=True)
+        buckets = server.client().list_buckets()["Buckets"]
+        assert [bucket["Name"] for bucket in buckets].count(named) == 1
+    finally:
+        server.kill()
 
 
 def test_prometheus_sees_every_file_that_names_its_targets(compose: dict[str, Any]) -> None:

@@ -91,12 +91,27 @@ def test_install_upgrade_rollback_and_uninstall_leave_what_they_should(installed
 
 def test_notes_say_where_a_run_goes_and_how_it_is_watched(installed: Tools) -> None:
     notes = helm(installed, "get notes")
-    assert "orchestrator submit jobs.vision:digits --queue default" in notes
+    where = "--address http://127.0.0.1:8265 --driver-cpus 1 --set checkpoint.uri=s3://runs/team"
+    assert f"orchestrator submit jobs.vision:digits {where}\n" in notes
+    assert f"orchestrator submit jobs.vision:digits --queue default {where}\n" in notes
     assert "A run on the team's cluster, by anybody" in notes
     assert "orchestrator logs queued --follow" in notes
     assert "logs --follow job/team-orchestrator-digits" in notes
     assert "logs --follow job/team-orchestrator-queued" not in notes
     assert "the autoscaler adds no node" not in notes
+    assert "BUCKET" not in notes
+    bare = {
+        **VALUES,
+        "fleet": {"enabled": False},
+        "jobs": {},
+        "storage": {"uri": ""},
+        "jobDefaults": {"entrypointCpus": 0},
+    }
+    helm(installed, "upgrade", str(CHART), values=bare)
+    unset = helm(installed, "get notes")
+    assert "digits --address http://127.0.0.1:8265 --set checkpoint.uri=s3://BUCKET/PREFIX\n" in unset
+    assert "--release team-orchestrator --set checkpoint.uri=s3://BUCKET/PREFIX\n" in unset
+    assert "WARNING: storage.uri is not set" in unset
 
 
 def test_pod_templates_pass_a_server_side_dry_run(installed: Tools) -> None:

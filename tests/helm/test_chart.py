@@ -288,8 +288,15 @@ def test_with_a_fleet_runs_share_the_team_s_cluster_unless_they_want_their_own(t
     assert (own["backoffLimit"], "clusterSelector" in own, "fleet" in own["entrypoint"]) == (3, False, False)
 
 
+def test_submit_learns_what_the_team_s_cluster_has(tools: Tools) -> None:
+    found = rendered(tools, {**FLEET, "workerGroups": {"gpu": {"gpu": {"count": 2}}}})
+    (published,) = [o["data"] for o in of_kind(found, "ConfigMap") if "rayjob.yaml" in o["data"]]
+    assert yaml.safe_load(published["raycluster.yaml"]) == only(found, "RayCluster")["spec"]
+
+
 def test_without_a_fleet_nothing_is_shared(tools: Tools) -> None:
     found = with_embedded(rendered(tools, JOB))
+    assert not [o for o in of_kind(found, "ConfigMap") if "raycluster.yaml" in o["data"]]
     assert not any(map(shared, of_kind(found, "RayJob")))
     assert "ORCHESTRATOR_FLEET" not in json.dumps(found)
 
@@ -311,11 +318,72 @@ def fleet_environment(tools: Tools, values: dict[str, Any]) -> dict[str, str]:
     return {name.removeprefix(prefix): value for name, value in said.items() if name.startswith(prefix)}
 
 
-def test_disruption_budgets_are_the_workers_and_on_request_the_heads(tools: Tools) -> None:
-    """Of today's API; an older server, which gets the older one, is in test_api_server.py."""
-    assert only(rendered(tools), "PodDisruptionBudget")["apiVersion"] == "policy/v1"
-    both = of_kind(rendered(tools, {"podDisruptionBudget": {"protectHead": True}}), "PodDisruptionBudget")
-    assert {budget["spec"]["maxUnavailable"] for budget in both} == {0, 1}
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({}, {}),  # one worker: whoever keeps it never drains its node
+        ({"workerGroups": {"cpu": {"replicas": 4}, "gpu": {}}}, {"workers": 4}),
+        ({"workerGroups": {"cpu": {"replicas": 4, "minReplicas": 3}}, "autoscaler": {"enabled": True}}, {"workers": 2}),
+        ({"workerGroups": {"cpu": {"replicas": 3}}, "podDisruptionBudget": {"maxUnavailable": 3}}, {}),
+        ({"podDisruptionBudget": {"protectHead": True}}, {"head": 1}),
+        ({"podDisruptionBudget": {"protectHead": True}, "cluster": {"enabled": False}}, {}),
+    ],
+    ids=str,
+)
+def test_a_disruption_budget_leaves_some_pod_to_be_taken(
+    tools: Tools, values: dict[str, Any], kept: dict[str, int]
+) -> None:
+    budgets = of_kind(rendered(tools, values), "PodDisruptionBudget")
+    assert {b["metadata"]["name"].rpartition("-")[2]: b["spec"]["minAvailable"] for b in budgets} == kept
+    assert {b["apiVersion"] for b in budgets} <= {"policy/v1"}, "an older server is in test_api_server.py"
+
+
+def test_disruption_budgets_can_be_computed_for_pods_of_a_raycluster(random_objects: list[dict[str, Any]]) -> None:
+    """It has no scale subresource: with maxUnavailable or a percentage Kubernetes would allow no eviction at all."""
+    budgets = of_kind(random_objects, "PodDisruptionBudget")
+    assert len(budgets) > RANDOM / 10
+    for spec in (budget["spec"] for budget in budgets):
+        assert "maxUnavailable" not in spec
+        assert type(spec["minAvailable"]) is int
+        assert spec["selector"]["matchLabels"]["ray.io/cluster"], "those of another cluster are not to stand for them"
+
+
+def test_the_hub_is_scraped_on_the_head_alone_and_by_the_name_that_its_alert_asks_for(tools: Tools) -> None:
+    found = rendered(tools, JOB)
+    endpoints = {endpoint["port"]: endpoint for endpoint in only(found, "PodMonitor")["spec"]["podMetricsEndpoints"]}
+    relabelings = endpoints["run-metrics"]["relabelings"]
+    (kept,) = [rule for rule in relabelings if rule.get("action") == "keep"]
+    assert (kept["sourceLabels"], kept["regex"]) == (["__meta_kubernetes_pod_label_orchestrator_group"], "head")
+    (job,) = [rule["replacement"] for rule in relabelings if rule.get("targetLabel") == "job"]
+    rules = [rule for group in only(found, "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+    (hub_down,) = [rule["expr"] for rule in rules if rule.get("alert") == "OrchestratorHubDown"]
+    assert f'up{{job="{job}"}}' in hub_down
+    assert not [rule for rule in endpoints["metrics"]["relabelings"] if "job" in rule.values()]
+    for manifest in found:
+        for where, template in manifests.pods(manifest):
+            ports = [port["name"] for c in template["spec"]["containers"] for port in c.get("ports", [])]
+            assert ("run-metrics" in ports) == (where == "head"), where
+
+
+def test_the_pod_of_helm_test_stays_for_its_logs_to_be_read(tools: Tools) -> None:
+    (pod,) = of_kind(rendered(tools), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
+def test_in_the_spot_fleet_drivers_are_on_the_group_on_demand(tools: Tools) -> None:
+    found = with_embedded(rendered(tools, JOB, "--values", str(CHART / "presets" / "spot-fleet.yaml")))
+    jobs = of_kind(found, "RayJob")
+    assert len(jobs) == 2
+    for spec in (job["spec"] for job in jobs):
+        (wanted,) = json.loads(spec["entrypointResources"])
+        start = {g["groupName"]: g["rayStartParams"] for g in spec["rayClusterSpec"]["workerGroupSpecs"]}
+        offered = {
+            name: json.loads(shlex.split(parameters["resources"])[0])  # as the shell hands it to Ray
+            for name, parameters in start.items()
+            if "resources" in parameters
+        }
+        assert offered == {"driver": {wanted: 4}}
+    assert "entrypointResources" not in only(rendered(tools, JOB), "RayJob")["spec"]
 
 
 def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
@@ -352,6 +420,7 @@ def test_monitoring_is_left_out_where_nobody_reads_it(tools: Tools) -> None:
         ({"jobs": {"x": {"job": "a:b", "queue": "Team A"}}}, "/jobs/x/queue"),
         ({"jobs": {"x": {"job": "a:b", "priority": 11}}}, "/jobs/x/priority"),
         ({"jobDefaults": {"deadlineSeconds": -1}}, "/jobDefaults/deadlineSeconds"),
+        ({"jobDefaults": {"entrypointResources": {"driver": 0}}}, "/jobDefaults/entrypointResources/driver"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -386,6 +455,7 @@ def in_fleet(**fields: Any) -> dict[str, Any]:
         ({"jobs": {"d": {"job": "a:b", "workerGroups": {"gpu": {}}}}}, "no such worker group; valid: cpu"),
         ({"jobs": {"d": {"job": "a:b", "set": {"name": "x"}}}}, "jobs.d.runName"),
         ({"jobs": {"d": {"job": "a:b", "env": {"WANDB_API_KEY": "x"}}}}, "jobs.d.env.WANDB_API_KEY"),
+        ({"jobDefaults": {"entrypointResources": {"driver": 1}}}, "jobDefaults.entrypointResources.driver: no worker"),
         ({"env": {"DB_PASSWORD": "x"}}, "env.DB_PASSWORD looks like a credential"),
         ({"storage": {"uri": "/runs"}}, "storage.claimName"),
         ({"storage": {"uri": "/other", "claimName": "c"}}, 'storage.uri="/other" is not below storage.mountPath'),

@@ -72,8 +72,9 @@ def as_account(api: Tools, folder: Path, account: str) -> Path:
 
 def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orchestrator: Callable[..., Ended]) -> None:
     more = ("--set", "name=first", "--arg", "epochs=3", "--env", "NCCL_DEBUG=INFO", "--pip", "einops==0.8.1")
-    done = orchestrator(*JOB, *more)
+    done = orchestrator(*JOB, *more, "--driver-cpus", "2", "--no-follow")
     assert done.code == 0, done.err
+    assert "global batch" in done.err, "the plan is shown"
     assert "RayJob first in namespace train created" in done.out
     spec = rayjob(installed, "first")["spec"]
     assert spec["entrypoint"] == (
@@ -82,6 +83,7 @@ def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orches
     )
     assert spec["runtimeEnvYAML"] == "env_vars:\n  NCCL_DEBUG: INFO\npip:\n- einops==0.8.1\n"
     assert spec["backoffLimit"] == 7
+    assert spec["entrypointNumCpus"] == 2
     assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"] == "cpu"
     queued = orchestrator(*JOB, "--set", "name=queued", "--queue", "team-a")
     assert queued.code == 2
@@ -93,6 +95,7 @@ def test_a_run_becomes_a_rayjob_with_the_charts_cluster(installed: Tools, orches
     other = orchestrator(*JOB, "--set", "name=first", "--arg", "epochs=4")
     assert other.code == 2
     assert "exists with another command" in other.err
+    assert "rbac.allowDelete" in other.err
 
 
 def test_in_a_release_with_a_fleet_a_run_goes_into_a_queue_of_the_teams_cluster(
@@ -112,6 +115,8 @@ def test_in_a_release_with_a_fleet_a_run_goes_into_a_queue_of_the_teams_cluster(
         assert "--set fleet.queue=team-a --set fleet.priority=5" in spec["entrypoint"]
         assert "rayClusterSpec" not in spec
         assert orchestrator(*job, "--set", "name=other").code == 0
+        wrong = orchestrator(*job, "--set", "name=wrong", "--set", "layout.micro_batch=7")
+        assert (wrong.code, "layout.micro_batch=7" in wrong.err) == (2, True), "checked against the team's cluster"
         assert "--set fleet.queue=default" in rayjob(installed, "other")["spec"]["entrypoint"]
     finally:
         installed("helm", "uninstall", "shared", "--namespace", "train")
@@ -138,6 +143,12 @@ def test_the_submitters_role_is_enough(installed: Tools, orchestrator: Callable[
         (("--set", "layout.micro_bach=1"), "did you mean 'micro_batch'"),
         (("--working-dir", "/tmp"), "the Kubernetes API takes no code"),
         (("--context", "elsewhere"), "set KUBECONFIG, or --context"),
+        (("--set", "layout.micro_batch=7"), "layout.micro_batch=7"),
+        (("--set", "scale.workers=5"), "the cluster has 4 CPUs and 0 accelerators on 2 node(s)"),
+        (("--fresh",), "--fresh: a RayJob is started again after a loss"),
+        (("--env", "WANDB_API_KEY=hidden"), "--env WANDB_API_KEY looks like a credential"),
+        (("--address", "http://127.0.0.1:8265"), "leave out --address"),
+        (("--follow",), "leave out --follow"),
     ],
 )
 def test_what_is_wrong_is_one_message(
@@ -170,3 +181,11 @@ def test_without_rights_and_without_a_server(
     assert dead.code == 2
     assert "the API server does not answer" in dead.err
     assert len(dead.err.strip().splitlines()) == 1, dead.err
+
+
+def test_what_is_for_a_rayjob_alone_is_not_passed_over_without_one(orchestrator: Callable[..., Ended]) -> None:
+    done = orchestrator("submit", "jobs.vision:digits", "--dry-run", "--namespace", "train")
+    assert (done.code, done.err.strip()) == (
+        2,
+        "error: without --kubernetes there is no use for --namespace and --dry-run",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import ClusterError, RequestError
+from orchestrator.errors import ClusterError, ConfigError, DataError, RequestError, StorageError
 from orchestrator.job import load
 from orchestrator.launching.jobs import (
     Attempt,
@@ -23,8 +23,10 @@ from orchestrator.launching.jobs import (
     dashboard_address,
     make_submission,
     named,
+    plan_there,
 )
 from orchestrator.launching.preflight import RunRequest
+from orchestrator.planning.cluster import ClusterShape
 
 REQUEST = RunRequest(job="jobs.vision:digits", args=("epochs=3",), overrides=("seed=2",))
 
@@ -198,3 +200,18 @@ def test_a_head_whose_agent_never_comes_is_explained(agentless: str, tmp_path: P
     assert "--dashboard-agent-listen-port" in str(refused.value)
     assert str(refused.value).count("\n") == 0
     assert Agentless.submissions > 1, "it is asked again for a while"
+
+
+@pytest.mark.parametrize("error", [DataError, StorageError])
+def test_the_plan_is_left_to_the_cluster_only_where_the_data_cannot_be_read_here(
+    error: type[RequestError],
+) -> None:
+    def unreadable() -> None:
+        raise error("s3://data/train: no permission")
+
+    notes: list[str] = []
+    job = load(REQUEST.job)
+    assert plan_there(replace(job, prepare=unreadable), ClusterShape(nodes=1, cpus=4), notes.append) is None
+    assert notes == ["the plan is left to the cluster, since the data is not here: s3://data/train: no permission"]
+    with pytest.raises(ConfigError, match=r"layout\.micro_batch=7"):
+        plan_there(load(REQUEST.job, (), ("layout.micro_batch=7",)), ClusterShape(nodes=1, cpus=4), notes.append)

@@ -135,6 +135,7 @@
 {{- if and (eq .job.cluster "team") (not .root.Values.fleet.enabled) -}}
 {{- fail (printf "%s.cluster=team needs fleet.enabled=true: runs on one cluster without queues would wait for each other's devices for ever" .path) -}}
 {{- end -}}
+{{- include "orchestrator.checkDriver" . -}}
 {{- if include "orchestrator.shared" . -}}
 {{- include "orchestrator.checkShared" . -}}
 {{- else -}}
@@ -142,6 +143,24 @@
 {{- if hasKey $.fields $name -}}
 {{- fail (printf "%s.%s has no effect on a cluster of its own: set fleet.enabled=true, and leave cluster empty" $.path $name) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A driver that wants what no pod offers would wait for ever: dict root, path, job. */}}
+{{- define "orchestrator.checkDriver" -}}
+{{- $groups := .root.Values.workerGroups -}}
+{{- if not (include "orchestrator.shared" .) -}}
+{{- $groups = include "orchestrator.jobGroups" (dict "root" .root "groups" .job.workerGroups) | fromYaml -}}
+{{- end -}}
+{{- $offered := "" -}}
+{{- range $fields := $groups -}}
+{{- $group := include "orchestrator.group" (dict "root" $.root "group" $fields) | fromYaml -}}
+{{- $offered = cat $offered (default "" $group.rayStartParams.resources | replace "\\" "") -}}
+{{- end -}}
+{{- range $name, $_ := .job.entrypointResources -}}
+{{- if not (contains (quote $name) $offered) -}}
+{{- fail (printf "%s.entrypointResources.%s: no worker group of the run's cluster offers it; give one rayStartParams: {resources: '\"{\\\"%s\\\": 1}\"'}" $.path $name $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -116,6 +116,17 @@ ORCHESTRATOR_FLEET_QUOTAS: {{ join "," . | quote }}
 {{- toYaml (mergeOverwrite (deepCopy .root.Values.workerDefaults) (deepCopy (default dict .group))) -}}
 {{- end -}}
 
+{{/* How many worker pods the team's cluster has at all times: with an autoscaler no more than its groups' fewest are sure. */}}
+{{- define "orchestrator.steadyWorkers" -}}
+{{- $pods := 0 -}}
+{{- range $fields := .Values.workerGroups -}}
+{{- $group := include "orchestrator.group" (dict "root" $ "group" $fields) | fromYaml -}}
+{{- $replicas := ternary $group.minReplicas $group.replicas $.Values.autoscaler.enabled -}}
+{{- $pods = add $pods (mul (int $replicas) (int $group.numOfHosts)) -}}
+{{- end -}}
+{{- $pods -}}
+{{- end -}}
+
 {{/* Node labels that a group's hardware means: the group. */}}
 {{- define "orchestrator.hardwareSelector" -}}
 {{- $labels := dict -}}
@@ -211,9 +222,9 @@ spec:
         - {name: gcs-server, containerPort: 6379, protocol: TCP}
         - {name: dashboard, containerPort: 8265, protocol: TCP}
         - {name: client, containerPort: 10001, protocol: TCP}
+        - {name: run-metrics, containerPort: 9400, protocol: TCP}
         {{- end }}
         - {name: metrics, containerPort: 8080, protocol: TCP}
-        - {name: run-metrics, containerPort: 9400, protocol: TCP}
       resources:
         {{- include "orchestrator.resources" $group | nindent 8 }}
       securityContext:
@@ -387,6 +398,9 @@ spec:
     {{- . | nindent 4 }}
   {{- end }}
   entrypointNumCpus: {{ $job.entrypointCpus }}
+  {{- with $job.entrypointResources }}
+  entrypointResources: {{ toJson . | quote }}
+  {{- end }}
   submissionMode: {{ $mode }}
   {{- if eq $mode "K8sJobMode" }}
   submitterPodTemplate:
