@@ -166,7 +166,7 @@ ALERTS: Sequence[Alert] = (
     ),
     Alert(
         "OrchestratorHubDown",
-        'up{job="orchestrator"} == 0',
+        'up{job="orchestrator"} == 0 and max_over_time(up{job="orchestrator"}[1d]) == 1',  # a head may have none yet
         "1m",
         "warning",
         "the hub at {{ $labels.instance }} does not answer",
