@@ -77,6 +77,8 @@ def compress(request: CompressRequest, listener: Listener) -> Compressed:
             smaller = load_trained(run(orders[name], listener)["folder"])
             found = source_of(smaller, smaller.config.name, calibrate=request.calibrate)
         entries += make(found, request.paths or (possible_paths() if name == "run" else SHORT), folder)
+    if all(entry.problem for entry in entries):
+        raise ExportError(f"no way to write {trained.config.name} worked; {entries[0].path}: {entries[0].problem}")
     quality = quality_of(entries, request.metric)
     chosen = best(entries, request.budget, quality)
     done = Compressed(folder, quality, tuple(entries), chosen)
