@@ -25,7 +25,9 @@ def compress(
     prune: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Also train a variant without this share of its weights.")
     ] = None,
-    pattern: Annotated[str, typer.Option(metavar="NAME", help="What goes: global, 2:4 or channels.")] = "global",
+    pattern: Annotated[
+        str, typer.Option(metavar="NAME", help="What goes: global, 2:4 (with --prune 0.5) or channels.")
+    ] = "global",
     int8_aware: Annotated[bool, typer.Option(help="Also train a variant that knows of int8.")] = False,
     student: Annotated[
         list[str] | None,

@@ -41,15 +41,16 @@ def pruned(run: str, sparsity: float = 0.8, pattern: Pattern = "global", epochs:
 
     Args:
         run: A run's folder, or its name below runs.
-        sparsity: Share of linear and convolutional weights that becomes zero.
-        pattern: global (single weights), 2:4 (two of four) or channels (whole output channels).
+        sparsity: Share of linear and convolutional weights that becomes zero; 0.5 for 2:4.
+        pattern: global (single weights), 2:4 (two of four, all at once) or channels (whole output channels).
         epochs: Passes over the training set; 0: as many as the run's own recipe.
 
     Raises:
         RequestError: there is no such run, or what it trained cannot be pruned like this.
     """
     origin, job = _origin(run)
-    suffix = f"pruned-{_percent(sparsity)}" + ("" if pattern == "global" else f"-{_word(pattern)}")
+    shares = {"global": _percent(sparsity), "2:4": "2-4"}
+    suffix = f"pruned-{shares.get(pattern, f'{_percent(sparsity)}-{pattern}')}"
     # At the recipe's full rate: what is left has to find its place anew (Renda et al. 2020, arXiv:2003.02389).
     config = _continued(origin, suffix, epochs, rate=1.0)
     passes = _passes(config, job.task)
@@ -140,10 +141,6 @@ def _passes(config: RunConfig, task: Task) -> int:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}".replace(".", "-")
-
-
-def _word(pattern: str) -> str:
-    return pattern.replace(":", "-")
 
 
 # -- the tasks ---------------------------------------------------------------------------------
