@@ -39,7 +39,9 @@ def compress(
         str | None, typer.Option(metavar="NAME", help="Compare by this metric; as a rule accuracy.")
     ] = None,
     max_size: Annotated[float | None, typer.Option(metavar="BYTES", help="Largest file.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(metavar="VALUE", help="Smallest value of the metric.")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(metavar="VALUE", help="Smallest value of the metric; of one like loss the largest.")
+    ] = None,
     max_latency: Annotated[float | None, typer.Option(metavar="S", help="Longest median call on one sample.")] = None,
     as_json: Json = False,
 ) -> None:
