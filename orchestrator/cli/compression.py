@@ -1,4 +1,4 @@
-"""The verbs after training: compress, export."""
+"""The verbs after training: compress, export, export-weights."""
 
 from __future__ import annotations
 
@@ -94,3 +94,24 @@ def export(
     for entry in entries:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in entry.metrics.items())
         print(f"{entry.file}  {entry.size_bytes:,} bytes  off by {entry.difference:.1e}  {metrics}")
+
+
+@app.command("export-weights")
+def export_weights(
+    run: RunArgument,
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="By default RUN/exported/NAME.safetensors.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write RUN's trained weights as plain safetensors, whole and in fp32, whatever ZeRO stage trained them."""
+    from orchestrator.compression import weights
+
+    written = weights.export_weights(run, Path(file) if file else None, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(written.to_dict()))
+        return
+    print(f"{written.file}  {written.size_bytes:,} bytes  {written.num_tensors} tensors of {written.checkpoint}")
+    for name, known in written.aliases.items():
+        print(f"{name} is tied: it is there as {known}")
