@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -30,6 +31,8 @@ from orchestrator.job import Datasets, Job, Parquet
 __all__ = ["ImageTask", "classify", "crop_and_flip", "mixed", "write_images"]
 
 Network = Literal["cnn", "resnet18", "resnet34", "resnet50", "wrn16-4", "wrn28-10"]
+COPIES = 10
+"""Bytes that are held at once for each byte of the images: those in 8 and 32 bits, and what statistics take."""
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
 
@@ -56,10 +59,12 @@ def classify(
         network: cnn, resnet18, resnet34, resnet50, wrn16-4 or wrn28-10.
         data: Folder for ``train.parquet`` and ``test.parquet``, written unless they are there.
         source: CIFAR's archive (``cifar-10-python.tar.gz``, ``cifar-100-python.tar.gz``), or a folder with ``train``
-            and ``val``, and in each a folder of images per class; empty reads scikit-learn's digits.
+            and ``val``, and in each a folder of images per class; empty reads scikit-learn's digits. All images of a
+            folder are held in memory while they are written, and refused if that is too small: 30 side^2 bytes each, so
+            1.5 GB a thousand at side=224. ImageNet is for ``orchestrator data pack`` and your own job that streams.
         side: Height and width that images of a folder are scaled to; needed for them alone.
         workers: Data-parallel workers.
-        epochs: Passes over the training images; 200 are usual for CIFAR, 90 for ImageNet.
+        epochs: Passes over the training images; 200 are usual for CIFAR.
         batch: Reference batch; the learning rate is 0.1 per 128.
         mixup: Parameter of the Beta distribution that images are mixed by (arXiv:1710.09412); 0 mixes none.
         channels_last: Keep the channels of a pixel together in memory, or do not; without it the plan chooses.
@@ -242,7 +247,19 @@ def _read(source: str, side: int) -> tuple[Part, Part, bool]:
     classes = sorted(entry.name for entry in (path / "train").glob("*") if entry.is_dir())
     if not classes or not (path / "val").is_dir():
         raise DataError(f"{source}: needs folders train and val, and in each a folder of images per class")
+    _require_memory(path, classes, side)
     return _folder(path / "train", classes, side), _folder(path / "val", classes, side), True
+
+
+def _require_memory(path: Path, classes: list[str], side: int) -> None:
+    count = sum(1 for part in ("train", "val") for name in classes for _ in _image_files(path / part / name))
+    needed, free = count * 3 * side**2 * COPIES, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"{path}: {count:,} images at side={side} need {needed:,} bytes of memory, and {free:,} are free; give a "
+            f"smaller side, or pack each part with `orchestrator data pack {path}/train FOLDER` and stream it in a job "
+            "of your own with Parquet(..., decode=...): docs/data.md"
+        )
 
 
 def _digits() -> tuple[Part, Part]:

@@ -233,6 +233,8 @@ class DLRM(nn.Module):
         vectors = len(ids) + 1
         first = torch.tensor([0, *ids]).cumsum(0)[:-1]
         self.register_buffer("first", first, persistent=False)
+        # A constant of the model: computed in each call it would be an operator that ExecuTorch has not.
+        self.register_buffer("pairs", torch.tril_indices(vectors, vectors, offset=-1), persistent=False)
         self.table = nn.EmbeddingBag(1 + sum(ids), dimension, mode="sum", padding_idx=0)
         nn.init.normal_(self.table.weight, std=1 / math.sqrt(dimension) / 4)
         with torch.no_grad():
@@ -245,14 +247,13 @@ class DLRM(nn.Module):
         rows = torch.where(sparse > 0, sparse + cast("Tensor", self.first)[:, None], 0)
         bags = self.table(rows.flatten(0, 1)).unflatten(0, (-1, sparse.shape[1]))
         numbers = self.bottom(dense.to(bags.dtype))
-        products = interact(torch.cat((numbers[:, None], bags), dim=1))
+        products = interact(torch.cat((numbers[:, None], bags), dim=1), cast("Tensor", self.pairs))
         return cast("Tensor", self.top(torch.cat((numbers, products), dim=1))).squeeze(1)
 
 
-def interact(vectors: Tensor) -> Tensor:
-    """Return the dot products of all pairs of different ``vectors``: [samples, n, d] -> [samples, n (n - 1) / 2]."""
-    count = vectors.shape[1]
-    row, column = torch.tril_indices(count, count, offset=-1, device=vectors.device)
+def interact(vectors: Tensor, pairs: Tensor) -> Tensor:
+    """Return the dot products of ``pairs`` [2, p] of ``vectors``: [samples, n, d] -> [samples, p]."""
+    row, column = pairs
     return torch.bmm(vectors, vectors.transpose(1, 2))[:, row, column]
 
 

@@ -1,4 +1,4 @@
-"""The verbs after training: compress, export."""
+"""The verbs after training: compress, export, export-weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def compress(
     prune: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Also train a variant without this share of its weights.")
     ] = None,
-    pattern: Annotated[str, typer.Option(metavar="NAME", help="What goes: global, 2:4 or channels.")] = "global",
+    pattern: Annotated[
+        str, typer.Option(metavar="NAME", help="What goes: global, 2:4 (with --prune 0.5) or channels.")
+    ] = "global",
     int8_aware: Annotated[bool, typer.Option(help="Also train a variant that knows of int8.")] = False,
     student: Annotated[
         list[str] | None,
@@ -37,7 +39,9 @@ def compress(
         str | None, typer.Option(metavar="NAME", help="Compare by this metric; as a rule accuracy.")
     ] = None,
     max_size: Annotated[float | None, typer.Option(metavar="BYTES", help="Largest file.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(metavar="VALUE", help="Smallest value of the metric.")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(metavar="VALUE", help="Smallest value of the metric; of one like loss the largest.")
+    ] = None,
     max_latency: Annotated[float | None, typer.Option(metavar="S", help="Longest median call on one sample.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -90,3 +94,24 @@ def export(
     for entry in entries:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in entry.metrics.items())
         print(f"{entry.file}  {entry.size_bytes:,} bytes  off by {entry.difference:.1e}  {metrics}")
+
+
+@app.command("export-weights")
+def export_weights(
+    run: RunArgument,
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="By default RUN/exported/NAME.safetensors.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write RUN's trained weights as plain safetensors, whole and in fp32, whatever ZeRO stage trained them."""
+    from orchestrator.compression import weights
+
+    written = weights.export_weights(run, Path(file) if file else None, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(written.to_dict()))
+        return
+    print(f"{written.file}  {written.size_bytes:,} bytes  {written.num_tensors} tensors of {written.checkpoint}")
+    for name, known in written.aliases.items():
+        print(f"{name} is tied: it is there as {known}")

@@ -6,21 +6,24 @@ measured afterwards is what was written.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.compression.measuring import Inputs
 from orchestrator.compression.quiet import quiet
-from orchestrator.errors import ExportError
+from orchestrator.errors import ExportError, OrchestratorError
 
-__all__ = ["need", "to_executorch", "to_executorch_int8", "to_onnx", "to_onnx_int8", "to_torch"]
+__all__ = ["need", "refusing", "to_executorch", "to_executorch_int8", "to_onnx", "to_onnx_int8", "to_torch"]
 
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -53,7 +56,7 @@ def to_torch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Modul
     program = _captured(model, inputs[0])
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines: of a small model they are a fifth of the file
-    with quiet():
+    with refusing(f"{type(model).__name__} cannot be written by torch.export"):
         torch.export.save(program, path)
         return torch.export.load(path).module()
 
@@ -62,13 +65,8 @@ def _captured(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """The model as a graph, for any number of samples."""
     samples = torch.export.Dim("samples", min=1)
     shapes = tuple({0: samples} for _ in inputs)
-    try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(
-                model, _several(inputs), dynamic_shapes=(shapes,) if _variadic(model) else shapes
-            )
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
+    with refusing(f"{type(model).__name__} cannot be exported"), torch.no_grad():
+        return torch.export.export(model, _several(inputs), dynamic_shapes=(shapes,) if _variadic(model) else shapes)
 
 
 def _several(inputs: Inputs) -> Inputs:
@@ -91,15 +89,12 @@ def to_onnx(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module
     """
     need("onnx")
     program = _captured(model, inputs[0])
-    try:
-        with quiet():
-            written = torch.onnx.export(program, dynamo=True, optimize=True, external_data=False, verbose=False)
-            assert written is not None
-            written.save(path)
-            _strip(path)
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {_reason(error)}") from error
-    return OnnxModule(path)
+    with refusing(f"{type(model).__name__} cannot be written as ONNX"):
+        written = torch.onnx.export(program, dynamo=True, optimize=True, external_data=False, verbose=False)
+        assert written is not None
+        written.save(path)
+        _strip(path)
+        return OnnxModule(path)
 
 
 def _strip(path: Path) -> None:
@@ -119,32 +114,34 @@ def to_onnx_int8(source: Path, inputs: Sequence[Inputs], path: Path) -> nn.Modul
     Tables that rows are looked up in, such as embeddings, are int8 with a scale for each row.
 
     Raises:
-        ExportError: there is nothing to calibrate on.
+        ExportError: there is nothing to calibrate on, or onnxruntime cannot quantise the file.
     """
     need("onnx")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static, shape_inference
 
     _require_samples(inputs)
     prepared = path.with_suffix(".prepared.onnx")
-    with quiet():
-        shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(path),
-            _Calibration(prepared, inputs),
-            quant_format=QuantFormat.QDQ,
-            # Products with weights alone: rounding what norms, softmax and residual sums pass on costs a GPT two fifths
-            # of its accuracy, and saves nothing.
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            extra_options={"MatMulConstBOnly": True},
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-        )
-    prepared.unlink()
-    _shrink(path)
-    return OnnxModule(path)
+    try:
+        with refusing(f"{source.name} cannot be quantised by onnxruntime"):
+            shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(path),
+                _Calibration(prepared, inputs),
+                quant_format=QuantFormat.QDQ,
+                # Products with weights alone: rounding what norms, softmax and residual sums pass on costs a GPT two
+                # fifths of its accuracy, and saves nothing.
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                extra_options={"MatMulConstBOnly": True},
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+            )
+            _shrink(path)
+            return OnnxModule(path)
+    finally:
+        prepared.unlink(missing_ok=True)
 
 
 def _shrink(path: Path) -> None:
@@ -265,17 +262,17 @@ def to_executorch(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.
     """Write ``model`` for ExecuTorch with XNNPACK, for one sample at a time, as devices at the edge see them.
 
     Raises:
-        ExportError: the model cannot be captured or lowered.
+        ExportError: the model cannot be captured or lowered, or the runtime has no operator for a part of it.
     """
     need("executorch")
-    return _lowered(model, _fixed(model, _alone(inputs[0], 0)), path)
+    return _lowered(model, _fixed(_with_lookups(model), _alone(inputs[0], 0)), path)
 
 
 def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -> nn.Module:
     """The same in int8, calibrated on ``inputs``: XNNPACK's own quantizer, weights per channel, activations static.
 
     Raises:
-        ExportError: the model cannot be captured or lowered, or there is nothing to calibrate on.
+        ExportError: as ``to_executorch``, or the model cannot be quantised, or there is nothing to calibrate on.
     """
     need("executorch")
     _require_samples(inputs)
@@ -287,8 +284,8 @@ def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     first = _alone(inputs[0], 0)
-    captured = _fixed(model, first).module()
-    with quiet(), torch.no_grad():
+    captured = _fixed(_with_lookups(model), first).module()
+    with refusing(f"{type(model).__name__} cannot be quantised for ExecuTorch"), torch.no_grad():
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
         prepared = prepare_pt2e(captured, quantizer)
         for args in inputs:
@@ -298,16 +295,44 @@ def to_executorch_int8(model: nn.Module, inputs: Sequence[Inputs], path: Path) -
     return _lowered(model, _fixed(quantized, first), path)
 
 
+class _Lookups(nn.Module):
+    """An embedding bag of [bags, slots] as a lookup and a sum: ExecuTorch's runtime has no operator for bags."""
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.weight, self.mode, self.padding = bag.weight, bag.mode, bag.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the sum or mean of each bag's rows; the padding's row is in none."""
+        filled = torch.ones_like(ids) if self.padding is None else (ids != self.padding).to(ids.dtype)
+        total = (F.embedding(ids, self.weight) * filled[..., None].to(self.weight.dtype)).sum(dim=1)
+        if self.mode == "sum":
+            return total
+        return total / filled.sum(dim=1, keepdim=True).clamp(min=1).to(self.weight.dtype)
+
+
+def _with_lookups(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with ``_Lookups`` for bags that are sums or means; the model itself where it has none."""
+    if not any(_is_bag(module) for module in model.modules()):
+        return model
+    changed = copy.deepcopy(model)
+    for name, module in list(changed.named_modules()):
+        if _is_bag(module):
+            changed.set_submodule(name, _Lookups(cast("nn.EmbeddingBag", module)))
+    return changed
+
+
+def _is_bag(module: nn.Module) -> bool:
+    return isinstance(module, nn.EmbeddingBag) and module.mode in ("sum", "mean") and module.max_norm is None
+
+
 def _alone(inputs: Inputs, index: int) -> Inputs:
     return tuple(value[index : index + 1].clone(memory_format=torch.contiguous_format) for value in inputs)
 
 
 def _fixed(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(model, inputs)
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
+    with refusing(f"{type(model).__name__} cannot be exported"), torch.no_grad():
+        return torch.export.export(model, inputs)
 
 
 def _lowered(model: nn.Module, program: torch.export.ExportedProgram, path: Path) -> nn.Module:
@@ -315,13 +340,22 @@ def _lowered(model: nn.Module, program: torch.export.ExportedProgram, path: Path
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-    try:
-        with quiet():
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be lowered to ExecuTorch: {_reason(error)}") from error
-    path.write_bytes(lowered.buffer)
-    return ExecuTorchModule(path)
+    refused = f"{type(model).__name__} cannot be lowered to ExecuTorch"
+    with refusing(refused):
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        if missing := _missing_operators(lowered.executorch_program):
+            raise ExportError(f"{refused}: its runtime has no operator {', '.join(missing)}")
+        path.write_bytes(lowered.buffer)
+        return ExecuTorchModule(path)
+
+
+def _missing_operators(program: Any) -> list[str]:
+    """What the runtime has no kernel for: it would itself say no more than the number of an error."""
+    from executorch.runtime import Runtime
+
+    known = set(Runtime.get().operator_registry.operator_names)
+    used = {f"{op.name}.{op.overload}".rstrip(".") for plan in program.execution_plan for op in plan.operators}
+    return sorted(used - known)
 
 
 class ExecuTorchModule(nn.Module):
@@ -348,6 +382,18 @@ def _require_samples(inputs: Sequence[Inputs]) -> None:
 
 
 # -- what they share ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Inside all is quiet, and whatever a back end raises is an ``ExportError``: ``what``, and the reason in a line."""
+    try:
+        with quiet():
+            yield
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from orchestrator.compression.exporting import (
+    refusing,
     to_executorch,
     to_executorch_int8,
     to_onnx,
@@ -89,23 +90,24 @@ def make_one(source: Source, path: str, folder: Path) -> Entry:
     """Write ``source`` by one of ``PATHS`` into ``folder``, run what was written, and measure it.
 
     Raises:
-        ExportError: an unknown path, or the model cannot take it.
+        ExportError: an unknown path, or the model cannot take it, or what was written does not run.
     """
     if path not in PATHS:
         raise ExportError(f"{path!r} is no way to write a model; {did_you_mean(path, PATHS)}")
     suffix, write = PATHS[path]
     file = folder / f"{source.name}-{path}{suffix}"
     runnable = write(source, file)
-    return Entry(
-        model=source.name,
-        path=path,
-        file=str(file),
-        size_bytes=file.stat().st_size,
-        packed_bytes=len(zlib.compress(file.read_bytes(), 6)),
-        metrics=evaluate_model(source.task, runnable, source.held_out, batch=BATCH),
-        latency=time_calls(runnable, source.inputs[0]),
-        difference=largest_difference(runnable, source.model, source.inputs),
-    )
+    with refusing(f"{file.name} was written and does not run"):
+        return Entry(
+            model=source.name,
+            path=path,
+            file=str(file),
+            size_bytes=file.stat().st_size,
+            packed_bytes=len(zlib.compress(file.read_bytes(), 6)),
+            metrics=evaluate_model(source.task, runnable, source.held_out, batch=BATCH),
+            latency=time_calls(runnable, source.inputs[0]),
+            difference=largest_difference(runnable, source.model, source.inputs),
+        )
 
 
 class _Head:

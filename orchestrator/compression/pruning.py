@@ -16,6 +16,8 @@ __all__ = ["PATTERNS", "Mask", "Pattern", "choose", "mask_weights", "plain"]
 
 Pattern = Literal["global", "2:4", "channels"]
 PATTERNS: tuple[Pattern, ...] = ("global", "2:4", "channels")
+HALF = 0.5
+"""The share that goes by 2:4."""
 INTERVAL = 10
 """Forward passes between two choices of weights while the sparsity rises."""
 
@@ -24,8 +26,10 @@ class Mask(nn.Module):
     """Zeroes the smallest of a weight's entries; how many of them rises from none to ``sparsity`` in ``passes``.
 
     The share follows Zhu & Gupta (2017, arXiv:1710.01878): ``sparsity (1 - (1 - t)^3)``, t the part of the passes that
-    is done. Each choice looks at the whole weight, which every rank holds in a forward pass, in ZeRO stage 3 too, so
-    that all ranks choose the same. Mask and count are buffers: they are saved with a run and go on with it.
+    is done. By 2:4 there is nothing between none and half: half goes at the first choice, and which half is chosen anew
+    until the passes are over. Each choice looks at the whole weight, which every rank holds in a forward pass, in ZeRO
+    stage 3 too, so that all ranks choose the same. Mask and count are buffers: they are saved with a run and go on
+    with it.
     """
 
     def __init__(self, weight: Tensor, *, pattern: Pattern, sparsity: float, passes: int) -> None:
@@ -67,7 +71,9 @@ def mask_weights(model: nn.Module, *, pattern: Pattern, sparsity: float, passes:
 
     ``global`` compares all weights with each other, as they are now, for how much each layer loses; ``channels`` takes
     whole output channels, by their norm, of all but the last such layer, whose outputs are what the model returns;
-    ``2:4`` takes two of every four inputs, whatever ``sparsity`` says.
+    ``2:4`` takes two of every four neighbouring inputs, of a convolution at each position of its kernel, as sparse
+    kernels want them. It is half or nothing: ``sparsity`` has to be 0.5. Layers whose inputs are no multiple of four
+    stay whole.
 
     Raises:
         ExportError: an unknown pattern, a sparsity that is none, or nothing to prune.
@@ -76,11 +82,13 @@ def mask_weights(model: nn.Module, *, pattern: Pattern, sparsity: float, passes:
         raise ExportError(f"pattern={pattern!r}: should be {', '.join(PATTERNS)}")
     if not 0.0 < sparsity < 1.0:
         raise ExportError(f"sparsity={sparsity:g}: should lie between 0 and 1, as in 0.8")
+    if pattern == "2:4" and sparsity != HALF:
+        raise ExportError(f"sparsity={sparsity:g}: 2:4 takes half of the weights; give 0.5, or another pattern")
     layers = _layers(model)
     if pattern == "channels":
         layers.pop()
     if pattern == "2:4":
-        layers = [layer for layer in layers if _weight(layer)[0].numel() % 4 == 0]
+        layers = [layer for layer in layers if _weight(layer).shape[1] % 4 == 0]
     if not layers:
         raise ExportError(f"{type(model).__name__} has no linear or convolutional weights that {pattern} can prune")
     shares = _global_shares(layers, sparsity) if pattern == "global" else [sparsity] * len(layers)
@@ -97,9 +105,10 @@ def choose(weight: Tensor, pattern: Pattern, share: float) -> Tensor:
     if pattern == "2:4":
         if share == 0.0:
             return torch.ones_like(weight, dtype=torch.bool)
-        groups = size.reshape(-1, 4)
-        kept = torch.zeros_like(groups, dtype=torch.bool)
-        return kept.scatter_(1, groups.topk(2, dim=1).indices, True).reshape(weight.shape)
+        inputs_last = size.movedim(1, -1)  # [out, *kernel, in]: four in a row are inputs at one position
+        groups = inputs_last.reshape(-1, 4)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
+        return kept.reshape(inputs_last.shape).movedim(-1, 1).contiguous()
     if pattern == "channels":
         size = size.flatten(1).norm(dim=1)
         return _largest(size, share).reshape(-1, *[1] * (weight.ndim - 1)).expand_as(weight).clone()

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from orchestrator.compression.exporting import need
+from orchestrator.compression.exporting import need, refusing
 from orchestrator.compression.quiet import quiet
 from orchestrator.errors import ExportError
 
@@ -25,7 +25,7 @@ def quantized(model: nn.Module, method: str) -> nn.Module:
     ``int8-weight-only`` keeps linear and embedding weights in 8 bits, a scale for each row, and computes in fp32;
     ``int4-weight-only`` keeps linear weights in 4 bits, a scale for each 32, and embeddings in 8;
     ``int8-dynamic`` also rounds the activations, with scales found at each call. Convolutions stay as they are: for
-    those the int8 of ONNX and ExecuTorch is the one to take.
+    those the int8 of ONNX and ExecuTorch is the one to take. So do layers of width 1, for which torchao finds no scale.
 
     Raises:
         ExportError: an unknown method, or nothing to quantise.
@@ -33,10 +33,10 @@ def quantized(model: nn.Module, method: str) -> nn.Module:
     need("int8")
     if method not in METHODS:
         raise ExportError(f"method {method!r}: should be {', '.join(METHODS)}")
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+    if not any(_is_linear(module) for module in model.modules()):
         raise ExportError(f"{type(model).__name__} has no linear layer, and torchao quantises no other")
     result = copy.deepcopy(model)
-    with quiet():
+    with refusing(f"{type(model).__name__} cannot be quantised by torchao"):
         METHODS[method](result)
     return result
 
@@ -44,7 +44,11 @@ def quantized(model: nn.Module, method: str) -> nn.Module:
 def _int8_weight_only(model: nn.Module) -> None:
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
 
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int8), filter_fn=_is_table_or_linear)
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(weight_dtype=torch.int8),
+        filter_fn=lambda module, _: _is_table(module) or _is_linear(module),
+    )
 
 
 def _int4_weight_only(model: nn.Module) -> None:
@@ -57,9 +61,7 @@ def _int4_weight_only(model: nn.Module) -> None:
     quantize_(
         model,
         IntxWeightOnlyConfig(weight_dtype=torch.int8),
-        filter_fn=lambda module, _: (
-            isinstance(module, nn.Embedding) or (_is_linear(module) and module.in_features % GROUP > 0)
-        ),
+        filter_fn=lambda module, _: _is_table(module) or (_is_linear(module) and module.in_features % GROUP > 0),
     )
 
 
@@ -70,7 +72,7 @@ def _int8_dynamic(model: nn.Module) -> None:
     quantize_(
         model,
         IntxWeightOnlyConfig(weight_dtype=torch.int8),
-        filter_fn=lambda module, _: isinstance(module, nn.Embedding),
+        filter_fn=lambda module, _: _is_table(module),
     )
 
 
@@ -107,7 +109,7 @@ def fake_quantized(model: nn.Module) -> nn.Module:
         quantize_(
             model,
             QATConfig(weight_config=weights, step="prepare"),
-            filter_fn=lambda module, _: type(module) is nn.Embedding,
+            filter_fn=lambda module, _: _is_table(module),
         )
     return model
 
@@ -125,8 +127,8 @@ def without_fake_quantization(model: nn.Module) -> nn.Module:
 
 
 def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) and module.in_features > 1
 
 
-def _is_table_or_linear(module: Any, _: str) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding)
+def _is_table(module: Any) -> bool:
+    return isinstance(module, nn.Embedding) and module.embedding_dim > 1

@@ -11,12 +11,15 @@ from typing import Any
 
 from orchestrator.compression.measuring import Latency
 from orchestrator.errors import ConfigError, did_you_mean
+from orchestrator.job import is_growing
 from orchestrator.telemetry import human
 
 __all__ = ["Budget", "Entry", "best", "quality_of", "report_html", "report_lines", "report_rows"]
 
 QUALITIES = ("accuracy", "auc", "recall_at_10")
 """Metrics that grow as a model gets better, in the order in which one is taken to compare variants by."""
+FP32 = ("torch", "onnx", "executorch")
+"""Ways to write a model as it is, whose sizes others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Budget:
 
     max_size_bytes: float | None = None
     min_accuracy: float | None = None
-    """Of the metric that variants are compared by."""
+    """Of the metric that variants are compared by; of one that falls as a model gets better the largest value."""
     max_latency_s: float | None = None
     """Median of a call on one sample."""
 
@@ -69,7 +72,7 @@ class Budget:
         if entry.latency is None:
             return False
         small = self.max_size_bytes is None or entry.size_bytes <= self.max_size_bytes
-        good = self.min_accuracy is None or _gain(entry, quality) >= self.min_accuracy
+        good = self.min_accuracy is None or _keeps(entry.metrics.get(quality), self.min_accuracy, quality)
         fast = self.max_latency_s is None or entry.latency.median_s <= self.max_latency_s
         return small and good and fast
 
@@ -95,15 +98,15 @@ def best(entries: Sequence[Entry], budget: Budget, quality: str) -> Entry | None
 
 
 def report_rows(entries: Sequence[Entry], quality: str) -> list[list[str]]:
-    """The table, heading first."""
-    first = next((entry for entry in entries if not entry.problem), None)
+    """The table, heading first. Sizes are compared with the first fp32 file that was written, where there is one."""
+    whole = next((entry for entry in entries if entry.path in FP32 and not entry.problem), None)
     rows = [["model", "path", "size", "of fp32", "packed", quality, "median", "p99", "samples/s", "off by"]]
     for entry in entries:
-        if entry.latency is None or first is None:
+        if entry.latency is None:
             rows.append([entry.model, entry.path, entry.problem, *[""] * 7])
             continue
-        share = entry.size_bytes / first.size_bytes
-        cells = [human.size(entry.size_bytes), f"{share:.2f}", human.size(entry.packed_bytes)]
+        share = f"{entry.size_bytes / whole.size_bytes:.2f}" if whole else "-"
+        cells = [human.size(entry.size_bytes), share, human.size(entry.packed_bytes)]
         cells += [human.number(entry.metrics.get(quality, math.nan)), _ms(entry.latency.median_s)]
         cells += [_ms(entry.latency.p99_s), f"{entry.latency.samples_per_s:,.0f}", f"{entry.difference:.1e}"]
         rows.append([entry.model, entry.path, *cells])
@@ -127,7 +130,7 @@ def report_lines(entries: Sequence[Entry], quality: str, chosen: Entry | None, b
 
 
 def report_html(name: str, entries: Sequence[Entry], quality: str, chosen: Entry | None, about: str) -> str:
-    """One self-contained page: a picture of quality against size, speed as the dot's area, and the table."""
+    """One self-contained page: bars of every variant's size and latency beside its quality, and the table."""
     rows = report_rows(entries, quality)
     head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     table = f"<thead><tr>{head.replace('td>', 'th>')}</tr></thead>" + "".join(f"<tr>{row}</tr>" for row in body)
@@ -177,8 +180,11 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-def _gain(entry: Entry, quality: str) -> float:
-    return entry.metrics.get(quality, -math.inf)
+def _keeps(value: float | None, limit: float, quality: str) -> bool:
+    """Whether a metric is as good as ``limit``; one that is not there, or NaN, is not."""
+    if value is None:
+        return False
+    return value >= limit if is_growing(quality) else value <= limit
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;

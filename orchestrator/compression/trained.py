@@ -19,7 +19,7 @@ from orchestrator.storage.folder import RunFolder, find_run, read_json
 from orchestrator.storage.stored_run import fetch_checkpoint
 from orchestrator.training.checkpoint import list_checkpoints, verify
 
-__all__ = ["Trained", "load_trained", "read_weights"]
+__all__ = ["Trained", "load_trained", "newest_checkpoint", "read_weights"]
 
 # Where DeepSpeed puts what ``training.engine`` saves, and the name that it gives the whole model's file.
 TAG = "state"
@@ -51,14 +51,25 @@ def load_trained(run: str) -> Trained:
     config, job = read_json(folder.config), read_json(folder.job)
     if config is None or job is None:
         raise RunFolderError(f"{folder.root}: config.json or job.json is missing: it was never started")
+    checkpoint = newest_checkpoint(folder)
+    task = load(job["job"], job["args"]).task
+    model = task.model()
+    _fill(model, read_weights(checkpoint), checkpoint)
+    return Trained(folder, parse_config(config), task, model.eval(), checkpoint)
+
+
+def newest_checkpoint(folder: RunFolder) -> Path:
+    """Return a run's newest checkpoint, which is fetched first where the folder is a copy of one in a store.
+
+    Raises:
+        CheckpointError: it has none.
+        StorageError: the store cannot be used.
+    """
     fetch_checkpoint(folder.root)
     existing = list_checkpoints(folder.checkpoints)
     if not existing:
         raise CheckpointError(f"{folder.root}: has no checkpoint yet; let it train, then ask again")
-    task = load(job["job"], job["args"]).task
-    model = task.model()
-    _fill(model, read_weights(existing[-1]), existing[-1])
-    return Trained(folder, parse_config(config), task, model.eval(), existing[-1])
+    return existing[-1]
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -68,6 +79,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     stage 1 are put together here, and all others, and stage 3, by DeepSpeed's helper. That unpickles without restraint,
     so every file is verified first: against the manifest's hash, and for names that a checkpoint has no use for. Stage
     0 in 16 bit keeps its masters in no form that can be told apart: there the 16-bit weights are what is returned.
+    Tied weights are one tensor under several names.
 
     Raises:
         CheckpointError: it fails its checks.
@@ -85,7 +97,16 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
-    return {_plain(name): _fp32(weight) for name, weight in weights.items()}
+    copies: dict[Any, Tensor] = {}  # of each piece of memory one
+    for weight in weights.values():
+        if _memory(weight) not in copies:
+            copies[_memory(weight)] = _fp32(weight)
+    return {_plain(name): copies[_memory(weight)] for name, weight in weights.items()}
+
+
+def _memory(weight: Tensor) -> Any:
+    """Where a tensor lies, alike for two that are one; an empty one lies nowhere."""
+    return (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) if weight.numel() else id(weight)
 
 
 def _from_slices(folder: Path) -> dict[str, Tensor]:

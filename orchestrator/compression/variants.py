@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -20,14 +22,15 @@ from torch import Tensor, nn
 from orchestrator.compression.measuring import model_inputs
 from orchestrator.compression.pruning import Pattern, mask_weights
 from orchestrator.compression.quantizing import fake_quantized
-from orchestrator.compression.trained import load_trained
+from orchestrator.compression.trained import Trained, load_trained
 from orchestrator.config import Fixed, RunConfig, Stop, apply_overrides
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.job import Datasets, Job, Task, load
 from orchestrator.storage.folder import find_run, read_json
+from orchestrator.storage.stored_run import MANIFEST
 from orchestrator.training.data import open_dataset
 
-__all__ = ["Distilled", "Pruned", "QuantizationAware", "distilled", "pruned", "quantization_aware"]
+__all__ = ["Distilled", "Pruned", "QuantizationAware", "distilled", "pruned", "quantization_aware", "shown_name"]
 
 FINE_TUNING = 0.3
 """Share of the recipe's learning rate that a trained model is trained on with."""
@@ -41,17 +44,19 @@ def pruned(run: str, sparsity: float = 0.8, pattern: Pattern = "global", epochs:
 
     Args:
         run: A run's folder, or its name below runs.
-        sparsity: Share of linear and convolutional weights that becomes zero.
-        pattern: global (single weights), 2:4 (two of four) or channels (whole output channels).
+        sparsity: Share of linear and convolutional weights that becomes zero; 0.5 for 2:4.
+        pattern: global (single weights), 2:4 (two of four, all at once) or channels (whole output channels).
         epochs: Passes over the training set; 0: as many as the run's own recipe.
 
     Raises:
         RequestError: there is no such run, or what it trained cannot be pruned like this.
     """
-    origin, job = _origin(run)
-    suffix = f"pruned-{_percent(sparsity)}" + ("" if pattern == "global" else f"-{_word(pattern)}")
+    trained, job = load_trained(run), _called(run, ())
+    shares = {"global": _percent(sparsity), "2:4": "2-4"}
+    suffix = f"pruned-{shares.get(pattern, f'{_percent(sparsity)}-{pattern}')}"
     # At the recipe's full rate: what is left has to find its place anew (Renda et al. 2020, arXiv:2003.02389).
-    config = _continued(origin, suffix, epochs, rate=1.0)
+    name = _named(trained, suffix, epochs, (sparsity, pattern))
+    config = _continued(trained.config, name, epochs, rate=1.0)
     passes = _passes(config, job.task)
     task = Pruned(job.task, str(find_run(run).root), sparsity, pattern, passes)
     task.model()  # refused here, not in a worker
@@ -68,10 +73,10 @@ def quantization_aware(run: str, epochs: float = 0.0) -> Job:
     Raises:
         RequestError: there is no such run, or nothing in its model can be quantised.
     """
-    origin, job = _origin(run)
+    trained, job = load_trained(run), _called(run, ())
     task = QuantizationAware(job.task, str(find_run(run).root))
     task.model()
-    return Job(_continued(origin, "int8-aware", epochs), task, job.prepare)
+    return Job(_continued(trained.config, _named(trained, "int8-aware", epochs, ()), epochs), task, job.prepare)
 
 
 def distilled(
@@ -93,16 +98,11 @@ def distilled(
         raise ConfigError(
             f"share={share:g}, temperature={temperature:g}: give a share of 0 to 1 and a temperature above 0"
         )
-    origin = load_trained(run).config
-    small = _called(run, student)
-    config = _continued(origin, "student", epochs, rate=1.0)
+    trained, small = load_trained(run), _called(run, student)
+    name = _named(trained, "student", epochs, (sorted(student), temperature, share))
+    config = _continued(trained.config, name, epochs, rate=1.0)
     task = Distilled(small.task, str(find_run(run).root), temperature, share)
     return Job(config, task, functools.partial(_prepared, small, task))
-
-
-def _origin(run: str) -> tuple[RunConfig, Job]:
-    """The config that a run had in the end, overrides included, and its job."""
-    return load_trained(run).config, _called(run, ())
 
 
 def _called(run: str, args: tuple[str, ...]) -> Job:
@@ -114,7 +114,18 @@ def _called(run: str, args: tuple[str, ...]) -> Job:
     return load(job["job"], [f"{name}={value}" for name, value in merged.items()])
 
 
-def _continued(origin: RunConfig, suffix: str, epochs: float, *, rate: float = FINE_TUNING) -> RunConfig:
+def shown_name(name: str) -> str:
+    """Return a variant's name without the digest of what it was made from, as in digits-pruned-80."""
+    return name.rpartition("-")[0]
+
+
+def _named(trained: Trained, suffix: str, epochs: float, arguments: tuple[Any, ...]) -> str:
+    """The variant's name. Another request, or another checkpoint to start from, makes another: a run of its own."""
+    made_of = json.dumps([epochs, arguments]).encode() + (trained.checkpoint / MANIFEST).read_bytes()
+    return f"{trained.config.name}-{suffix}-{hashlib.sha256(made_of).hexdigest()[:6]}"
+
+
+def _continued(origin: RunConfig, name: str, epochs: float, *, rate: float = FINE_TUNING) -> RunConfig:
     """The run's config under another name, at a part of its learning rate, for so many epochs, at a fixed batch."""
     if epochs < 0:
         raise ConfigError(f"epochs={epochs:g}: give a number above 0, or 0 for the recipe's own length")
@@ -122,7 +133,7 @@ def _continued(origin: RunConfig, suffix: str, epochs: float, *, rate: float = F
     optimizer = recipe.optimizer.model_copy(update={"learning_rate": recipe.optimizer.learning_rate * rate})
     stop = Stop(epochs=epochs) if epochs else recipe.stop
     recipe = recipe.model_copy(update={"optimizer": optimizer, "stop": stop})
-    changed = origin.model_copy(update={"name": f"{origin.name}-{suffix}", "recipe": recipe, "policy": Fixed()})
+    changed = origin.model_copy(update={"name": name, "recipe": recipe, "policy": Fixed()})
     return apply_overrides(changed, ())  # checked anew: the name may have grown too long
 
 
@@ -140,10 +151,6 @@ def _passes(config: RunConfig, task: Task) -> int:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}".replace(".", "-")
-
-
-def _word(pattern: str) -> str:
-    return pattern.replace(":", "-")
 
 
 # -- the tasks ---------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from orchestrator.compression.making import PATHS, make, make_one, possible_paths, source_of
 from orchestrator.compression.report import Budget, Entry, best, quality_of, report_html
 from orchestrator.compression.trained import Trained, load_trained
-from orchestrator.errors import ExportError, RunFolderError, did_you_mean, explain_oserror
+from orchestrator.compression.variants import shown_name
+from orchestrator.errors import ConfigError, ExportError, RunFolderError, did_you_mean, explain_oserror
 from orchestrator.launching.driver import Listener, run
 from orchestrator.launching.preflight import RunRequest
 from orchestrator.storage.folder import write_json, write_text
@@ -63,6 +64,11 @@ def compress(request: CompressRequest, listener: Listener) -> Compressed:
         RunError: a variant's training failed.
     """
     _check_paths(request.paths)
+    if is_s3(request.run):
+        raise ConfigError(
+            f"{request.run}: compress keeps what it makes beside the run, and to folders; "
+            "orchestrator export writes a run in a store as files, in the same ways"
+        )
     trained = load_trained(request.run)
     source = source_of(trained, trained.config.name, calibrate=request.calibrate)
     folder = _made(trained.folder.root / "compressed")
@@ -75,8 +81,10 @@ def compress(request: CompressRequest, listener: Listener) -> Compressed:
         else:
             listener.note(f"training its variant {name} ...")
             smaller = load_trained(run(orders[name], listener)["folder"])
-            found = source_of(smaller, smaller.config.name, calibrate=request.calibrate)
+            found = source_of(smaller, shown_name(smaller.config.name), calibrate=request.calibrate)
         entries += make(found, request.paths or (possible_paths() if name == "run" else SHORT), folder)
+    if all(entry.problem for entry in entries):
+        raise ExportError(f"no way to write {trained.config.name} worked; {entries[0].path}: {entries[0].problem}")
     quality = quality_of(entries, request.metric)
     chosen = best(entries, request.budget, quality)
     done = Compressed(folder, quality, tuple(entries), chosen)

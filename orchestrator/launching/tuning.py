@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, RunFolderError
-from orchestrator.job import load
+from orchestrator.job import is_growing, load
 from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
@@ -28,8 +28,6 @@ from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
-GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision")
-"""Beginnings of metrics that grow as a model gets better."""
 FACTOR = 3
 SHARES = (1 / 9, 1 / 3, 1.0)
 """Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
@@ -105,7 +103,7 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
         together = _together(job.config, cluster.shape)
         listener.note(f"{request.trials} trials, {together} at a time, in {folder}")
         _fit(request, ranges, folder, together)
-    grows = request.metric.startswith(GROWING)
+    grows = is_growing(request.metric)
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
         raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
@@ -175,7 +173,7 @@ def _together(config: RunConfig, shape: ClusterShape) -> int:
 
 def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
     """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
-    grows = request.metric.startswith(GROWING)
+    grows = is_growing(request.metric)
     names = _first_round(request, ranges, folder, together)
     for share in SHARES:
         due = [name for name in names if _reached(folder, name) < share]
@@ -221,7 +219,7 @@ def _round(
         param_space=space,
         tune_config=ray_tune.TuneConfig(
             metric="value",
-            mode="max" if request.metric.startswith(GROWING) else "min",
+            mode="max" if is_growing(request.metric) else "min",
             num_samples=count,
             max_concurrent_trials=together,
             search_alg=searcher,
@@ -266,7 +264,7 @@ def _optuna(request: TuneRequest, ranges: Sequence[Range], folder: Path) -> Any:
     """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
     from ray.tune.search.optuna import OptunaSearch
 
-    trials = _trials(folder, request.metric, request.metric.startswith(GROWING))
+    trials = _trials(folder, request.metric, is_growing(request.metric))
     known = [trial for trial in trials if trial.best is not None and trial.state != "failed"]
     return OptunaSearch(
         points_to_evaluate=[
@@ -300,7 +298,7 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
         write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
     values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
-    worst = -math.inf if request.metric.startswith(GROWING) else math.inf
+    worst = -math.inf if is_growing(request.metric) else math.inf
     ray_tune.report({"value": values[-1] if values else worst})
 
 

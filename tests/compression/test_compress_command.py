@@ -70,6 +70,14 @@ def test_a_report_is_written_and_the_budget_kept(
         (["compress", "RUN", "--prune", "1.5"], "error: sparsity=1.5: should lie between 0 and 1"),
         (["compress", "RUN", "--prune", "0.5", "--pattern", "rings"], "should be 'global', '2:4' or 'channels'"),
         (["compress", "RUN", "--student", "widht=8"], "unknown --arg 'widht'; did you mean 'width'?"),
+        (
+            ["compress", "s3://bucket/runs/digits"],
+            "error: s3://bucket/runs/digits: compress keeps what it makes beside",
+        ),
+        (
+            ["compress", "RUN", "--prune", "0.8", "--pattern", "2:4"],
+            "error: sparsity=0.8: 2:4 takes half of the weights",
+        ),
         (["compress", "RUN", "--student", "width"], "--arg width=''"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,

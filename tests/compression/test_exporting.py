@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gloo_jobs import Rows
 from jobs.language import GPT, Shape, TextTask, write_text
-from orchestrator.compression.exporting import need, to_executorch, to_onnx, to_onnx_int8, to_torch
+from jobs.recommender import DLRM, TwoTower
+from orchestrator.compression.exporting import need, refusing, to_executorch, to_onnx, to_onnx_int8, to_torch
 from orchestrator.compression.making import PATHS, Source, make, make_one, source_of
 from orchestrator.compression.measuring import evaluate_model, largest_difference, model_inputs
 from orchestrator.compression.quantizing import fake_quantized, quantized, without_fake_quantization
@@ -81,6 +82,25 @@ def test_digits_in_every_fp32_format_agree_within_1e_4(source, tmp_path):
         assert not entry.problem
         assert entry.difference < 1e-4, entry.path
         assert entry.metrics == pytest.approx(evaluate_model(source.task, source.model, source.held_out, batch=64))
+
+
+def recommenders() -> list[tuple[nn.Module, list[tuple[Tensor, ...]]]]:
+    """Both of the recommender's models, small, with empty slots in their bags; one has tables of width 1."""
+    torch.manual_seed(0)
+    clicks = DLRM(3, [5, 7, 4], 8, hidden=16).eval(), [(torch.randn(4, 3), torch.randint(0, 4, (4, 3, 2)))]
+    bags = torch.randint(0, 9, (4, 5))
+    bags[0] = 0
+    return [clicks, (TwoTower(6, 9, 16, hidden=16).eval(), [(torch.randint(1, 6, (4,)), bags)])]
+
+
+@executorch
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["dlrm", "two-tower"])
+def test_recommenders_in_executorch_agree_with_torch(which, tmp_path):
+    model, inputs = recommenders()[which]
+    before = copy.deepcopy(model.state_dict())
+    assert largest_difference(to_executorch(model, inputs, tmp_path / "m.pte"), model, inputs) < 1e-4
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
 # -- int8 --------------------------------------------------------------------------------------
@@ -150,6 +170,20 @@ def test_torchao_rounds_a_gpt_and_leaves_the_original(method):
 
 
 @torchao
+@pytest.mark.parametrize("method", ["int8-weight-only", "int8-dynamic", "int4-weight-only"])
+def test_torchao_rounds_recommenders_too(method):
+    for model, inputs in recommenders():
+        assert 0 < largest_difference(quantized(model, method), model, inputs) < 0.2
+
+
+@torchao
+def test_layers_of_width_1_stay_as_they_are():
+    layers = nn.ModuleList([nn.Linear(1, 4), nn.Linear(4, 4), nn.Embedding(10, 1), nn.Embedding(10, 4)])
+    aware = fake_quantized(copy.deepcopy(layers))
+    assert [type(new) is type(old) for new, old in zip(aware, layers, strict=True)] == [True, False, True, False]
+
+
+@torchao
 def test_training_aware_of_int8_rounds_learns_and_ends_in_ordinary_layers():
     torch.manual_seed(0)
     model = GPT(Shape(width=32, layers=1, heads=4, kv_heads=2)).train()
@@ -197,16 +231,48 @@ def test_an_operator_that_onnx_has_not_is_named(tmp_path):
         to_onnx(Unknown(), [(torch.ones(2, 3),)], tmp_path / "m.onnx")
 
 
-def test_a_failing_path_does_not_end_the_others(tmp_path):
-    class Task:
-        def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return {"loss": model(batch["x"]).mean(dim=1)}
+class Task:
+    """Its only metric is the mean of what a model returns."""
 
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"loss": model(batch["x"]).mean(dim=1)}
+
+
+@executorch
+@pytest.mark.slow
+def test_an_operator_that_executorch_has_not_is_named(tmp_path):
+    largest = nn.EmbeddingBag(9, 4, mode="max")
+    with pytest.raises(
+        ExportError, match=r"EmbeddingBag cannot be lowered to ExecuTorch: .*no operator .*embedding_bag"
+    ):
+        to_executorch(largest, [(torch.randint(0, 9, (2, 3)),)], tmp_path / "m.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_path_does_not_end_the_others(tmp_path):
     inputs = [(torch.randn(4, 8),)]
     source = Source("branching", Task(), Branching(), Rows.made_up(4), inputs, inputs)  # type: ignore[arg-type]
     (entry,) = make(source, ["torch"], tmp_path)
     assert "Branching cannot be exported" in entry.problem
     assert entry.latency is None
+
+
+def test_whatever_a_back_end_raises_is_a_row_of_one_line(tmp_path, monkeypatch):
+    def broken(source: Source, file: Path) -> nn.Module:
+        with refusing("it cannot be written"):
+            raise RuntimeError("shape is invalid\n  and so on")
+
+    def written_alone(source: Source, file: Path) -> nn.Module:
+        file.write_bytes(b"x")
+        return nn.Flatten(0)  # gives back what has no second dimension to take a mean over
+
+    ways = {"broken": (".b", broken), "silent": (".s", written_alone), "torch": PATHS["torch"]}
+    monkeypatch.setattr("orchestrator.compression.making.PATHS", ways)
+    model, inputs = nn.Linear(8, 3), [(torch.randn(4, 8),)]
+    entries = make(Source("x", Task(), model, Rows.made_up(4), inputs, inputs), list(ways), tmp_path)  # type: ignore[arg-type]
+    assert entries[0].problem == "it cannot be written: RuntimeError: shape is invalid"
+    assert entries[1].problem.startswith("x-silent.s was written and does not run: IndexError: ")
+    assert not entries[2].problem
 
 
 @pytest.mark.slow

@@ -45,6 +45,26 @@ def test_two_of_every_four_go(rows: int, groups: int) -> None:
     assert (weight.abs().reshape(-1, 4).masked_fill(~kept, torch.inf).amin(dim=1) >= lost).all()
 
 
+@pytest.mark.parametrize("kernel", [(3,), (3, 3), (2, 3)])
+def test_two_of_every_four_inputs_go_at_each_position_of_a_kernel(kernel: tuple[int, ...]) -> None:
+    weight = random(6, 8, *kernel)
+    kept = choose(weight, "2:4", 0.5)
+    assert kept.shape == weight.shape
+    for start in (0, 4):
+        assert (kept[:, start : start + 4].sum(dim=1) == 2).all()
+    one = weight[2, 4:8].flatten(1)[:, 1].abs()  # four inputs of one output at one position
+    assert kept[2, 4:8].flatten(1)[:, 1].tolist() == (one >= one.sort().values[2]).tolist()
+
+
+def test_two_of_four_leaves_layers_without_four_inputs_whole_and_goes_at_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))  # 27 inputs each, but three channels
+    mask_weights(model, pattern="2:4", sparsity=0.5, passes=4 * INTERVAL).train()
+    for count in range(1, 2 * INTERVAL):
+        model(random(2, 3, 8, 8))
+        shares = [float((layer.weight == 0).float().mean()) for layer in model]
+        assert shares == [0.0, 0.0 if count < INTERVAL else 0.5]
+
+
 @given(shares)
 def test_channels_go_whole(share: float) -> None:
     weight = random(16, 3, 3, 3)
@@ -122,6 +142,7 @@ def test_taking_the_masks_off_changes_no_output_and_leaves_ordinary_layers() -> 
         ("random", 0.5, r"pattern='random': should be global, 2:4, channels"),
         ("global", 0.0, r"sparsity=0: should lie between 0 and 1"),
         ("global", 1.0, r"sparsity=1: should lie between 0 and 1"),
+        ("2:4", 0.8, r"sparsity=0.8: 2:4 takes half of the weights; give 0.5, or another pattern"),
     ],
 )
 def test_impossible_requests(pattern: str, sparsity: float, said: str) -> None:

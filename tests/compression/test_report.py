@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.compression.measuring import Latency
-from orchestrator.compression.report import Budget, Entry, best, quality_of, report_html, report_lines
+from orchestrator.compression.report import Budget, Entry, best, quality_of, report_html, report_lines, report_rows
 from orchestrator.errors import ConfigError
 
 
@@ -35,6 +36,15 @@ ENTRIES = [FP32, INT8, TINY, FAILED]
 )
 def test_the_smallest_within_the_budget_is_chosen(budget: Budget, chosen: Entry | None) -> None:
     assert best(ENTRIES, budget, "accuracy") == chosen
+
+
+def test_a_metric_that_falls_is_limited_from_above() -> None:
+    entries = [
+        dataclasses.replace(e, metrics={"loss": loss}) for e, loss in zip(ENTRIES[:3], (0.1, 0.2, 3), strict=True)
+    ]
+    assert best(entries, Budget(min_accuracy=0.5), "loss") == entries[1]
+    assert best(entries, Budget(min_accuracy=0.05), "loss") is None
+    assert best(entries, Budget(min_accuracy=9), "perplexity") is None
 
 
 numbers = st.floats(1e-3, 1e3)
@@ -79,6 +89,12 @@ def test_the_table_as_text() -> None:
         "best within the budget: digits onnx-int8, /runs/onnx-int8",
     ]
     assert report_lines(ENTRIES, "accuracy", None, Budget(max_size_bytes=1))[-1].startswith("nothing keeps the budget")
+
+
+def test_sizes_are_compared_with_an_fp32_file_or_not_at_all() -> None:
+    rows = report_rows([INT8, FP32], "accuracy")
+    assert [row[3] for row in rows] == ["of fp32", "0.29", "1.00"]
+    assert [row[3] for row in report_rows([INT8, FAILED], "accuracy")] == ["of fp32", "-", ""]
 
 
 def test_the_page_is_closed_and_names_every_variant_safely() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,13 @@ from orchestrator.compression.variants import (
     distilled,
     pruned,
     quantization_aware,
+    shown_name,
     softened_distance,
 )
 from orchestrator.config import Fixed
 from orchestrator.errors import ConfigError, ExportError, JobError
 from orchestrator.job import Job, Summarizing, load
+from orchestrator.training.checkpoint import list_checkpoints
 from orchestrator.training.data import open_dataset
 from trained_runs import sparsity_of, train
 
@@ -46,7 +50,8 @@ def accuracy(root: Path) -> float:
 def test_a_variant_is_the_run_under_another_name_at_a_fixed_batch(digits_run: Path) -> None:
     job = load(f"{VARIANTS}:pruned", [f"run={digits_run}", "sparsity=0.75", "epochs=3"])
     origin = load_trained(str(digits_run)).config
-    assert job.config.name == "digits-pruned-75"
+    assert re.fullmatch(r"digits-pruned-75-[0-9a-f]{6}", job.config.name)
+    assert shown_name(job.config.name) == "digits-pruned-75"
     assert job.config.recipe.optimizer == origin.recipe.optimizer
     assert job.config.recipe.stop.epochs == 3
     assert job.config.policy == Fixed()
@@ -54,6 +59,32 @@ def test_a_variant_is_the_run_under_another_name_at_a_fixed_batch(digits_run: Pa
     assert isinstance(job.task, Pruned)
     assert job.task.passes == 3 * 1437 // 64 // 2
     assert pickle.loads(pickle.dumps(job.task)) == job.task
+
+
+@pytest.mark.slow
+def test_another_request_or_checkpoint_is_another_run_and_the_same_is_found_again(
+    digits_run: Path, tmp_path: Path
+) -> None:
+    def name(variant: str, *args: str, run: Path = digits_run) -> str:
+        return load(f"{VARIANTS}:{variant}", [f"run={run}", *args]).config.name
+
+    requests = [
+        ("pruned", "sparsity=0.5"),
+        ("pruned", "sparsity=0.5", "epochs=2"),
+        ("pruned", "sparsity=0.5", "pattern=2:4"),
+        ("distilled", "student=width=8"),
+        ("distilled", "student=width=4"),
+        ("distilled", "student=width=8", "temperature=2"),
+    ]
+    names = [name(*request) for request in requests]
+    assert [name(*request) for request in requests] == names
+    assert len(set(names)) == len(requests)
+    assert shown_name(names[2]) == "digits-pruned-2-4"
+    again = Path(shutil.copytree(digits_run, tmp_path / "again"))
+    assert name("pruned", "sparsity=0.5", run=again) == names[0]
+    manifest = list_checkpoints(again / "checkpoints")[-1] / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")  # as good as another one: its content is what counts
+    assert name("pruned", "sparsity=0.5", run=again) != names[0]
 
 
 @pytest.mark.slow

@@ -8,13 +8,14 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 
 from jobs.image_models import NETWORKS, Bottleneck, WideBlock
-from jobs.images import ImageTask, classify, crop_and_flip, mixed, write_images
+from jobs.images import COPIES, ImageTask, classify, crop_and_flip, mixed, write_images
 from orchestrator.errors import ConfigError, DataError, JobError
 from orchestrator.job import load
 from orchestrator.training.computing import in_channels_last
@@ -209,6 +210,20 @@ def test_folders_of_images(tmp_path):
     assert np.asarray(table["image"][4].as_py())[:, 3, 3].tolist() == [100, 50, 10]
     with pytest.raises(DataError, match="images of a folder have different sizes: give side=224"):
         write_images(str(tmp_path / "other"), str(tmp_path))
+
+
+def test_a_folder_that_memory_cannot_hold_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
+    for part, count in (("train", 3), ("val", 1)):
+        folder = tmp_path / part / "cat"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.png").touch()  # empty: reading one would be an error of another kind
+    memory = psutil.virtual_memory()._replace(available=4 * 3 * 224**2 * COPIES - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    with pytest.raises(DataError, match=r"4 images at side=224 need 6,021,120 bytes .*6,021,119 are free; .*data pack"):
+        write_images(str(tmp_path / "out"), str(tmp_path), side=224)
+    with pytest.raises(DataError, match=r"is no image that can be read|needs Pillow"):
+        write_images(str(tmp_path / "out"), str(tmp_path), side=223)
 
 
 def test_sources_that_are_none(tmp_path, digits):

@@ -20,6 +20,7 @@ import pytest
 from commands import DIGITS, TIMEOUT_S, Ended, losses, records, wait_for_end, workers_of
 
 import s3_server
+from orchestrator.compression.weights import export_weights
 from orchestrator.config import StorageConfig
 from orchestrator.launching.compressing import export
 from orchestrator.launching.replaying import replay_run
@@ -115,6 +116,8 @@ def test_faults_for_a_whole_run_change_nothing(
     assert replay_run(find_run(f"{uri}/digits"), "fixed", ())[0].steps == 270
     (entry,) = export(f"{uri}/digits", ["torch"], tmp_path / "exported")
     assert entry.metrics["accuracy"] == pytest.approx(summary["metrics"]["accuracy"])
+    written = export_weights(f"{uri}/digits", tmp_path / "exported" / "digits.safetensors")
+    assert written.checkpoint == stored.checkpoints()[-1]
     again = run(DIGITS, *options)
     assert again.code == 0
     assert "finished already" in again.err
