@@ -138,6 +138,43 @@ def test_who_has_waited_longest_must_run() -> None:
     assert "it had waited its longest" in given.reasons
 
 
+def test_who_has_no_place_keeps_nobody_from_its_turn() -> None:
+    cluster = nodes(gpu=(2, 4))
+    wary = job("wary", workers_range=(8, 8), avoid=frozenset({"gpu-00"}), age_s=6000.0)
+    heavy = running(job("heavy", workers_range=(4, 8), priority=6), {"gpu-00": 4, "gpu-01": 4})
+    patient = job("patient", workers_range=(4, 4), age_s=5000.0)
+    answer = GoodputPolicy().allocate([wary, heavy, patient], cluster, NOW_S)
+    assert devices(answer) == {"wary": 0, "heavy": 4, "patient": 4}
+    assert answer.waiting["wary"] == "needs 8 devices on other nodes than gpu-00, where it has failed"
+
+
+def test_who_has_no_place_within_its_quota_keeps_nobody_from_its_turn() -> None:
+    wide = job("wide", workers_range=(8, 8), queue="other", age_s=6000.0)
+    heavy = running(job("heavy", workers_range=(4, 8), queue="a", priority=6), {"gpu-00": 8})
+    patient = job("patient", workers_range=(4, 4), queue="a", age_s=5000.0)
+    answer = GoodputPolicy(quotas={"a": 8}).allocate([wide, heavy, patient], EIGHT, NOW_S)
+    assert devices(answer) == {"wide": 0, "heavy": 4, "patient": 4}
+
+
+def test_whose_turn_it_is_has_a_place_even_where_only_the_number_of_devices_fits() -> None:
+    """Two runs of three leave one device on each node of four."""
+    odd = [running(job(f"odd-{i}", workers_range=(3, 3), priority=6), {f"gpu-0{i}": 3}) for i in range(2)]
+    patient = job("patient", workers_range=(2, 2), age_s=5000.0)
+    answer = GoodputPolicy().allocate([*odd, patient], nodes(gpu=(2, 4)), NOW_S)
+    assert sorted(devices(answer).values()) == [0, 2, 3]
+    assert devices(answer)["patient"] == 2
+    waits = next(name for name in ("odd-0", "odd-1") if answer[name] is None)
+    assert answer.waiting[waits] == "there is no room for it without moves that cost more than they gain"
+
+
+def test_of_those_that_waited_longest_as_many_run_as_fit_on_their_types() -> None:
+    late = {"age_s": 5000.0, "workers_range": (3, 3)}
+    waiting = [job("a", **late), job("b", **late), job("c", age_s=4900.0, workers_range=(2, 2))]
+    answer = GoodputPolicy().allocate(waiting, nodes(gpu=(1, 4), old=(1, 4)), NOW_S)
+    assert devices(answer) == {"a": 3, "b": 3, "c": 0}
+    assert answer.waiting["c"] == "has waited its longest, as have others that lack more"
+
+
 def test_a_run_that_was_let_in_late_has_its_term() -> None:
     shorts = [job(f"short-{i}", remaining_progress=1e4) for i in range(8)]
     giant = job("giant", remaining_progress=1e9, age_s=1900.0)
