@@ -11,7 +11,9 @@ The sum of what runs have is maximised exactly (``fleet.knapsack``), under these
    leave); then what is left goes to whoever is worth most, on top of that. Borrowed devices go back when their owner
    asks.
 3. **No losing move.** If what could be placed is worth less than leaving every run where it is, they are left there,
-   and only free devices are given out. (Not with quotas: what an owner takes back may well be worth less to it.)
+   and only free devices are given out. There are two exceptions: what makes room for a run whose turn it is (rule 1),
+   and, with quotas, all moves while the runs of any queue have more than it is sure of: what an owner takes back may
+   well be worth less to it.
 """
 
 from __future__ import annotations
@@ -61,8 +63,7 @@ class GoodputPolicy:
         judged = _insisting(judged, rated, due)
         picked = _picked(fleet, rated, judged, queue, limit)
         placed = _place(fleet, rated, judged, picked)
-        if not self.quotas:
-            placed = _no_worse(fleet, rated, judged, picked, placed)
+        placed = _no_worse(fleet, rated, judged, placed, _unmoved(rated, judged, picked, queue, limit))
         if not turns.sure.keys() <= placed.keys():
             placed = _place(fleet, rated, judged, picked, turns.sure)
         notes = {job: ("it had waited its longest",) for job in due if fleet.current[job] is None}
@@ -130,14 +131,34 @@ def _insisting(judged: Worth, rated: Options, due: Sequence[int]) -> Worth:
 
 
 def _no_worse(
-    fleet: Fleet, rated: Options, judged: Worth, picked: Index, placed: dict[int, Placed]
+    fleet: Fleet, rated: Options, judged: Worth, placed: dict[int, Placed], unmoved: Index | None
 ) -> dict[int, Placed]:
     """What was placed; or what runs now and what fits beside it, where that is worth more."""
+    if unmoved is None:
+        return placed
+    left = _place(fleet, rated, judged, unmoved)
+    return placed if _total(judged, placed) >= _total(judged, left) else left
+
+
+def _unmoved(rated: Options, judged: Worth, picked: Index, queue: Index, limit: Index) -> Index | None:
+    """The rows with every run where it is, and beside it what was picked for the others within their queues' limits.
+
+    None where that is what was picked, or where a queue has more than it is sure of: then its owners may ask for it.
+    """
     standing = judged.stays >= 0
     if (judged.stays == picked)[standing].all():
-        return placed
-    unmoved = _place(fleet, rated, judged, np.where(standing, judged.stays, picked))
-    return placed if _total(judged, placed) >= _total(judged, unmoved) else unmoved
+        return None
+    rows = np.where(standing, judged.stays, picked)
+    left = limit.copy()
+    for job in np.argsort(~standing, kind="stable") if len(limit) else ():  # those that run first
+        devices = int(rated.devices[rows[job]]) if rows[job] >= 0 else 0
+        if devices <= left[queue[job]]:
+            left[queue[job]] -= devices
+        elif standing[job]:
+            return None
+        else:
+            rows[job] = -1
+    return rows
 
 
 def _place(
