@@ -138,8 +138,10 @@ def _why_waiting(fleet: Fleet, rated: Options, index: int) -> str:
         most = max(fleet.capacity, default=0)
         return f"needs {job.workers_range[0]} devices of one type, and there are {most}"
     if not any(fleet.sizes(job, kind, job.workers_range[0]) for kind in range(len(fleet.types))):
-        avoided = ", ".join(sorted(job.avoid & set(fleet.nodes)))
-        return f"needs {job.workers_range[0]} devices on other nodes than {avoided}, where it has failed"
+        needs = f"needs {job.workers_range[0]} devices"
+        if avoided := ", ".join(sorted(job.avoid & set(fleet.nodes))):
+            return f"{needs} on other nodes than {avoided}, where it has failed"
+        return f"{needs} on whole nodes of the largest size and part of one more: the nodes there are do not hold that"
     return (
         f"no batch from {job.batch_range[0]} to {job.batch_range[1]} is a multiple of its workers x micro batch: widen "
         "the ranges"

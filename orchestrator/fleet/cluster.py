@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from orchestrator.errors import ConfigError
 from orchestrator.fleet.view import Allocation, JobView, Nodes
@@ -62,10 +62,13 @@ class Fleet:
         return -(-devices // self.node_size[kind])
 
     def sizes(self, job: JobView, kind: int, most: int, current: int = 0) -> tuple[int, ...]:
-        """Packed sizes of a job on a type, up to ``most``; its smallest and its ``current`` one always."""
+        """Packed sizes of a job on a type, up to ``most``; its smallest and its ``current`` one always.
+
+        Only those that the nodes it does not avoid could hold, if nothing else ran.
+        """
         low, high = job.workers_range
         found = packed_sizes(low, min(high, max(most, low)), self.node_size[kind], self.capacity[kind])
-        if job.avoid:
+        if job.avoid or self._uneven[kind]:
             found = tuple(size for size in found if self._has_room(kind, size, job.avoid))
             found = found or tuple(size for size in (low,) if self._has_room(kind, size, job.avoid))
         if low <= current <= min(high, self.capacity[kind]) and current not in found:
@@ -80,8 +83,23 @@ class Fleet:
 
     def _sizes_without(self, kind: int, avoid: Collection[str]) -> list[int]:
         """Devices of each node of a type but for some nodes, the largest first."""
-        of_kind = (name for name, node in self.nodes.items() if node.device_type == self.types[kind])
-        return sorted((self.nodes[name].devices for name in of_kind if name not in avoid), reverse=True)
+        if avoid:
+            return [size for name, size in self._by_size[kind] if name not in avoid]
+        return [size for _, size in self._by_size[kind]]
+
+    @cached_property
+    def _by_size(self) -> list[list[tuple[str, int]]]:
+        """Nodes of each type and their devices, the largest first."""
+        found: dict[str, list[tuple[str, int]]] = {kind: [] for kind in self.types}
+        for name, node in self.nodes.items():
+            if node.devices:
+                found[node.device_type].append((name, node.devices))
+        return [sorted(of_kind, key=lambda one: -one[1]) for of_kind in found.values()]
+
+    @cached_property
+    def _uneven(self) -> list[bool]:
+        """Of each type, whether its nodes differ: then the number of devices does not say what they hold."""
+        return [of_kind[0][1] != of_kind[-1][1] for of_kind in self._by_size]
 
     @property
     def shunned(self) -> tuple[Shunned, ...]:

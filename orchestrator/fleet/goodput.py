@@ -3,13 +3,17 @@
 The sum of what runs have is maximised exactly (``fleet.knapsack``), under these rules:
 
 1. **Nobody starves.** A run that has waited ``longest_wait_s``, or since then had less than ``least_share`` of its
-   smallest size, must run, before everything else; it then keeps running until it is ``term_s`` ahead of that. If there
-   are more of those than devices, the one that lacks most is first.
+   smallest size, must run, before everything else; it then keeps running until it is ``term_s`` ahead of that. If more
+   of those lack than have places at once (``fleet.turns``), the one that lacks most is first. So of ``n`` runs that
+   were submitted together each that has a place at all runs within ``longest_wait_s + n term_s``; with quotas, each
+   that its queue has room for.
 2. **Quotas.** First each queue is given what is best for it within its quota (queues without one share what quotas
    leave); then what is left goes to whoever is worth most, on top of that. Borrowed devices go back when their owner
    asks.
 3. **No losing move.** If what could be placed is worth less than leaving every run where it is, they are left there,
-   and only free devices are given out. (Not with quotas: what an owner takes back may well be worth less to it.)
+   and only free devices are given out. There are two exceptions: what makes room for a run whose turn it is (rule 1),
+   and, with quotas, all moves while the runs of any queue have more than it is sure of: what an owner takes back may
+   well be worth less to it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from orchestrator.fleet.knapsack import Problem, solve
 from orchestrator.fleet.placement import Choice, Placed, Wish, place
 from orchestrator.fleet.quotas import check_quotas, limits
 from orchestrator.fleet.rating import Options, options
+from orchestrator.fleet.turns import Turns, take_turns
 from orchestrator.fleet.view import Allocations, JobView
 from orchestrator.fleet.worth import Worth, worth
 
@@ -51,58 +56,64 @@ class GoodputPolicy:
         """The allocation worth most."""
         fleet = Fleet.of(jobs, nodes)
         rated = options(fleet)
-        due = self._due(fleet)
-        judged = _insisting(worth(fleet, rated, now_s), rated, due)
-        picked = self._picked(fleet, rated, judged)
+        queue, limit = limits(fleet, self.quotas)
+        judged = worth(fleet, rated, now_s)
+        turns = take_turns(fleet, rated, judged, self._lacking(fleet), queue, limit)
+        due = (*turns.sure, *turns.borrowing)
+        judged = _insisting(judged, rated, due)
+        picked = _picked(fleet, rated, judged, queue, limit)
         placed = _place(fleet, rated, judged, picked)
-        if not self.quotas:
-            placed = _no_worse(fleet, rated, judged, picked, placed)
+        placed = _no_worse(fleet, rated, judged, placed, _unmoved(rated, judged, picked, queue, limit))
+        if not turns.sure.keys() <= placed.keys():
+            placed = _place(fleet, rated, judged, picked, turns.sure)
         notes = {job: ("it had waited its longest",) for job in due if fleet.current[job] is None}
-        return answer(fleet, rated, placed, notes, {})
+        return answer(fleet, rated, placed, notes, _why_waiting(picked, turns))
 
-    def _due(self, fleet: Fleet) -> list[int]:
-        """Jobs that must run now: as many as fit at their smallest, those that lack most first."""
+    def _lacking(self, fleet: Fleet) -> list[int]:
+        """Jobs that should run now, those that lack most first."""
         lacking = []
         for index, job in enumerate(fleet.jobs):
-            smallest = job.workers_range[0]
             late_s = job.age_s - self.longest_wait_s
-            lacks_s = self.least_share * late_s - job.attained_device_s / smallest
+            lacks_s = self.least_share * late_s - job.attained_device_s / job.workers_range[0]
             if fleet.current[index] is not None:
                 lacks_s += self.term_s
             if late_s >= 0.0 and (lacks_s > 0.0 or job.attained_device_s <= 0.0):
-                lacking.append((-lacks_s, index, smallest))
-        free, due = fleet.devices, []
-        for _, index, smallest in sorted(lacking):
-            if smallest <= free:
-                due.append(index)
-                free -= smallest
-        return due
+                lacking.append((-lacks_s, index))
+        return [index for _, index in sorted(lacking)]
 
-    def _picked(self, fleet: Fleet, rated: Options, judged: Worth) -> Index:
-        """The row of each job, -1 for none."""
-        nothing = np.zeros(0, np.intp)
-        queue, limit = limits(fleet, self.quotas)
-        whole = Problem(
-            owner=rated.owner,
-            devices=rated.devices,
-            kind=rated.kind,
-            value=judged.value,
-            idle=judged.idle,
-            capacity=np.array(fleet.capacity, np.intp),
-            queue=queue,
-            limit=limit,
-            shunned=fleet.shunned,
-        )
-        first = solve(whole)
-        if len(limit) == 0:
-            return first
-        has = first >= 0
-        sure = np.where(has, rated.devices[first], 0) if len(rated.devices) else np.zeros(len(first), np.intp)
-        kind = np.where(has, rated.kind[first], -1) if len(rated.devices) else sure
-        grows = ~has[rated.owner] | ((rated.kind == kind[rated.owner]) & (rated.devices >= sure[rated.owner]))
-        value = np.where(grows, judged.value, -np.inf)
-        insisted = np.where(has, -_beyond(judged), judged.idle)
-        return solve(replace(whole, value=value, idle=insisted, queue=np.full(len(first), -1), limit=nothing))
+
+def _why_waiting(picked: Index, turns: Turns) -> dict[int, str]:
+    """For those that were to have devices and found no place, and those whose turn comes later."""
+    no_place = "there is no room for it without moves that cost more than they gain"
+    return dict.fromkeys(map(int, np.flatnonzero(picked >= 0)), no_place) | dict.fromkeys(
+        turns.later, "has waited its longest, as have others that lack more"
+    )
+
+
+def _picked(fleet: Fleet, rated: Options, judged: Worth, queue: Index, limit: Index) -> Index:
+    """The row of each job, -1 for none."""
+    nothing = np.zeros(0, np.intp)
+    whole = Problem(
+        owner=rated.owner,
+        devices=rated.devices,
+        kind=rated.kind,
+        value=judged.value,
+        idle=judged.idle,
+        capacity=np.array(fleet.capacity, np.intp),
+        queue=queue,
+        limit=limit,
+        shunned=fleet.shunned,
+    )
+    first = solve(whole)
+    if len(limit) == 0:
+        return first
+    has = first >= 0
+    sure = np.where(has, rated.devices[first], 0) if len(rated.devices) else np.zeros(len(first), np.intp)
+    kind = np.where(has, rated.kind[first], -1) if len(rated.devices) else sure
+    grows = ~has[rated.owner] | ((rated.kind == kind[rated.owner]) & (rated.devices >= sure[rated.owner]))
+    value = np.where(grows, judged.value, -np.inf)
+    insisted = np.where(has, -_beyond(judged), judged.idle)
+    return solve(replace(whole, value=value, idle=insisted, queue=np.full(len(first), -1), limit=nothing))
 
 
 def _beyond(judged: Worth) -> float:
@@ -120,22 +131,45 @@ def _insisting(judged: Worth, rated: Options, due: Sequence[int]) -> Worth:
 
 
 def _no_worse(
-    fleet: Fleet, rated: Options, judged: Worth, picked: Index, placed: dict[int, Placed]
+    fleet: Fleet, rated: Options, judged: Worth, placed: dict[int, Placed], unmoved: Index | None
 ) -> dict[int, Placed]:
     """What was placed; or what runs now and what fits beside it, where that is worth more."""
+    if unmoved is None:
+        return placed
+    left = _place(fleet, rated, judged, unmoved)
+    return placed if _total(judged, placed) >= _total(judged, left) else left
+
+
+def _unmoved(rated: Options, judged: Worth, picked: Index, queue: Index, limit: Index) -> Index | None:
+    """The rows with every run where it is, and beside it what was picked for the others within their queues' limits.
+
+    None where that is what was picked, or where a queue has more than it is sure of: then its owners may ask for it.
+    """
     standing = judged.stays >= 0
     if (judged.stays == picked)[standing].all():
-        return placed
-    unmoved = _place(fleet, rated, judged, np.where(standing, judged.stays, picked))
-    return placed if _total(judged, placed) >= _total(judged, unmoved) else unmoved
+        return None
+    rows = np.where(standing, judged.stays, picked)
+    left = limit.copy()
+    for job in np.argsort(~standing, kind="stable") if len(limit) else ():  # those that run first
+        devices = int(rated.devices[rows[job]]) if rows[job] >= 0 else 0
+        if devices <= left[queue[job]]:
+            left[queue[job]] -= devices
+        elif standing[job]:
+            return None
+        else:
+            rows[job] = -1
+    return rows
 
 
-def _place(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[int, Placed]:
+def _place(
+    fleet: Fleet, rated: Options, judged: Worth, picked: Index, first: Mapping[int, Placed] | None = None
+) -> dict[int, Placed]:
+    """Find places for what was picked; ``first``: places that are given out before, whoever is there."""
     wishes = []
     for job in np.flatnonzero(picked >= 0):
         here = fleet.current[job]
         stays = int(judged.stays[job])
-        rows = _instead(rated, judged, int(job), int(picked[job]))
+        rows = _instead(rated, judged, int(job), int(picked[job]), may_lose_its_place=bool(first))
         wishes.append(
             Wish(
                 job=int(job),
@@ -148,13 +182,13 @@ def _place(fleet: Fleet, rated: Options, judged: Worth, picked: Index) -> dict[i
                 moving=float(judged.moving[job]),
             )
         )
-    return place(fleet, wishes)
+    return place(fleet, wishes, first or {})
 
 
-def _instead(rated: Options, judged: Worth, job: int, picked: int) -> list[int]:
+def _instead(rated: Options, judged: Worth, job: int, picked: int, *, may_lose_its_place: bool) -> list[int]:
     """What was picked, then what takes no more of its type, or leaves it where it is, the best first."""
     stays = int(judged.stays[job])
-    if picked == stays:
+    if picked == stays and not may_lose_its_place:
         return [picked]
     others = [
         row

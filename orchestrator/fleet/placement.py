@@ -140,12 +140,19 @@ class Board:
         return placed
 
 
-def place(fleet: Fleet, wishes: Sequence[Wish]) -> dict[int, Placed]:
-    """Return where each run goes, by its number; who is missing found no room, or is better off waiting."""
+def place(fleet: Fleet, wishes: Sequence[Wish], first: Mapping[int, Placed] | None = None) -> dict[int, Placed]:
+    """Return where each run goes, by its number; who is missing found no room, or is better off waiting.
+
+    ``first``: places that are settled before everything else, even where another run is.
+    """
     board = Board.empty(fleet)
+    for job, placed in (first or {}).items():
+        board.settle(job, placed)
     waiting = []
     for wish in wishes:
-        if wish.here is not None and wish.stays == 0:
+        if wish.job in board.settled:
+            continue
+        if wish.here is not None and wish.stays == 0 and board.has(wish.choices[0].kind, wish.here):
             board.settle(wish.job, Placed(wish.choices[0], wish.here, moved=False))
             board.movable[wish.job] = wish
         else:
@@ -160,15 +167,19 @@ def _place_one(board: Board, wish: Wish) -> None:
     for index, choice in enumerate(wish.choices):
         if choice.value <= wish.idle:
             return
-        if index == wish.stays and wish.here is not None:
-            where: Where | None = wish.here if board.has(choice.kind, wish.here) else None
+        where: Where | None
+        if index == wish.stays and wish.here is not None and board.has(choice.kind, wish.here):
+            where = wish.here
+        elif index == wish.stays > 0:
+            continue  # a move at the same size is worth less than this choice says
         else:
             where = board.fit(wish.job, choice.kind, choice.devices)
             if where is None:
                 other = wish.choices[index + 1].value if index + 1 < len(wish.choices) else wish.idle
                 where = _cleared(board, wish.job, choice, choice.value - max(other, wish.idle))
         if where is not None:
-            board.settle(wish.job, Placed(choice, where, moved=False))
+            moved = index == wish.stays and dict(where) != dict(wish.here or {})
+            board.settle(wish.job, Placed(choice, where, moved))
             return
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleets import NOW_S, clusters, fleets, job, nodes, running
@@ -88,33 +88,81 @@ def test_nobody_borrows_while_its_owner_could_use_it(name: str, given: Given) ->
             assert all(used[queue] <= sure[queue] for queue in sure)
 
 
-@settings(max_examples=8)
-@given(cluster=clusters(), count=st.integers(1, 10), known=st.booleans())
-def test_every_run_runs_within_the_bound(cluster: dict[str, tuple[str, int]], count: int, known: bool) -> None:
-    """Rounds of a minute with runs that never end: each has its first turn, and its share after that."""
+@st.composite
+def crowds(draw: st.DrawFn) -> Given:
+    """Runs that never end and were submitted together, on one or two types: minima, priorities and nodes avoided."""
+    cluster = draw(clusters())
+    known = draw(st.booleans())
+    runs = []
+    for index in range(draw(st.integers(1, 8))):
+        low = draw(st.sampled_from([1, 1, 2, 3, 4, 8]))
+        runs.append(
+            job(
+                f"run-{index}",
+                remaining_progress=10.0 ** (5 + index) if known else None,
+                workers_range=(low, draw(st.sampled_from([low, 16]))),
+                priority=draw(st.sampled_from([0, 6])),
+                avoid=frozenset(draw(st.sets(st.sampled_from(sorted(cluster)), max_size=2))),
+            )
+        )
+    return runs, cluster
+
+
+def has_a_place(view: JobView, cluster: dict[str, tuple[str, int]]) -> bool:
+    """Whether its smallest size would fit if nothing else ran: whole nodes of the largest size, and the rest on one."""
+    for kind in {kind for kind, _ in cluster.values()}:
+        whole, rest = divmod(view.workers_range[0], max(size for one, size in cluster.values() if one == kind))
+        sizes = sorted(size for node, (one, size) in cluster.items() if one == kind and node not in view.avoid)[::-1]
+        largest = max(size for one, size in cluster.values() if one == kind)
+        if sizes[:whole] == [largest] * whole and (rest == 0 or max(sizes[whole:], default=0) >= rest):
+            return True
+    return False
+
+
+@settings(max_examples=12)
+@given(given=crowds())
+@example(given=([job("a"), job("b"), job("c", workers_range=(3, 3))], nodes(gpu=(1, 3))))
+@example(  # no place for one, who must not keep the last from its turn
+    given=(
+        [
+            job("none", workers_range=(8, 8), avoid=frozenset({"gpu-00"})),
+            job("heavy", workers_range=(8, 8), priority=6),
+            job("light", workers_range=(4, 4)),
+        ],
+        nodes(gpu=(2, 4)),
+    )
+)
+@example(  # five devices are free in two pieces, where only one run of two fits beside two of three
+    given=(
+        [
+            *(job(f"odd-{index}", workers_range=(3, 3), priority=6) for index in range(2)),
+            job("even", workers_range=(2, 2)),
+        ],
+        nodes(gpu=(2, 4)),
+    )
+)
+def test_every_run_runs_within_the_bound(given: Given) -> None:
+    """Rounds of a minute: each that has a place has its first turn, and its share after that."""
+    jobs, cluster = given
     policy = make_policy("goodput")
-    capacity = sum(devices for _, devices in cluster.values())
-    views = {
-        f"run-{i}": job(f"run-{i}", age_s=0.0, remaining_progress=10.0 ** (5 + i) if known else None)
-        for i in range(count)
-    }
+    views = {view.name: view for view in jobs}
     first: dict[str, float] = {}
     has: dict[str, float] = dict.fromkeys(views, 0.0)
-    turns = math.ceil(count / capacity)
-    bound_s = 1800.0 + 600.0 / 0.25 * turns
-    for minute in range(int(bound_s / 60.0) + 2):
+    bound_s = 1800.0 + (600.0 + 60.0) * len(jobs)
+    for minute in range(int(bound_s / 60.0) + 1):
         now_s = 10_000.0 + 60.0 * minute
         asked = [
-            JobView(**(vars(view) | {"submitted_s": 10_000.0, "age_s": 60.0 * minute, "attained_device_s": has[name]}))
+            replace(view, submitted_s=10_000.0, age_s=60.0 * minute, attained_device_s=has[name])
             for name, view in views.items()
         ]
-        for name, one in policy.allocate(asked, cluster, now_s).items():
-            views[name] = JobView(**(vars(views[name]) | {"current": one}))
+        answer = policy.allocate(asked, cluster, now_s)
+        check_devices(asked, cluster, answer)
+        for name, one in answer.items():
+            views[name] = replace(views[name], current=one)
             if one is not None:
                 first.setdefault(name, 60.0 * minute)
                 has[name] += 60.0 * one.devices
-    assert set(first) == set(views)
-    assert max(first.values()) <= bound_s
+    assert set(first) == {view.name for view in jobs if has_a_place(view, cluster)}
 
 
 @every_policy
@@ -180,6 +228,18 @@ def test_a_run_that_avoids_all_nodes_large_enough_waits_and_says_so(name: str) -
     assert answer.waiting["wary"] == "needs 4 devices on other nodes than gpu-00, where it has failed"
 
 
+@every_policy
+def test_a_run_that_the_nodes_cannot_hold_says_so_and_holds_up_nobody(name: str) -> None:
+    """Twelve devices there are, but not as one whole node of eight and four more on one other."""
+    odd = {"gpu-00": ("gpu", 8), "gpu-01": ("gpu", 2), "gpu-02": ("gpu", 2)}
+    wide = job("wide", workers_range=(12, 12), age_s=5000.0)
+    answer = make_policy(name).allocate([wide, job("small", workers_range=(8, 8))], odd, NOW_S)
+    assert answer["small"] is not None
+    assert answer.waiting["wide"] == (
+        "needs 12 devices on whole nodes of the largest size and part of one more: the nodes there are do not hold that"
+    )
+
+
 @pytest.mark.parametrize("name", ["fair", "goodput"])
 def test_runs_that_avoid_one_node_take_turns_on_the_others(name: str) -> None:
     views = {
@@ -196,6 +256,19 @@ def test_runs_that_avoid_one_node_take_turns_on_the_others(name: str) -> None:
             views[key] = replace(views[key], current=one)
             has[key] += 0.0 if one is None else 60.0 * one.devices
     assert min(has.values()) > 0.2 * sum(has.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fifo", "runs that came before it, or have more priority, are first"),
+        ("fair", "others with more priority, or less so far, are first"),
+        ("goodput", "others are worth more on the devices there are"),
+    ],
+)
+def test_who_waits_is_told_by_which_rule(name: str, why: str) -> None:
+    runs = [running(job("first", workers_range=(8, 8), priority=1), {"gpu-00": 8}), job("last", workers_range=(8, 8))]
+    assert make_policy(name).allocate(runs, nodes(gpu=(1, 8)), NOW_S).waiting == {"last": why}
 
 
 @every_policy
