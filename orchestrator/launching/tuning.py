@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, RunFolderError
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    JobError,
+    NonFiniteLossError,
+    OrchestratorError,
+    RunFolderError,
+    UserCodeError,
+    WorkerLostError,
+)
 from orchestrator.job import load
 from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
@@ -33,6 +42,8 @@ GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision")
 FACTOR = 3
 SHARES = (1 / 9, 1 / 3, 1.0)
 """Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
+OWN_FAULT = (ConfigError, JobError, NonFiniteLossError, UserCodeError)
+"""What a trial's own settings or the job's own code did wrong: it would end the same way again."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,13 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     grows = request.metric.startswith(GROWING)
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
-        raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
+        raise _nothing_measured(request, folder)
     tuned = Tuned(folder, request.metric, grows, trials, together)
     _draw(tuned, job.config.name)
+    if lost := [trial for trial in trials if trial.state == "lost"]:
+        listener.note(
+            f"{len(lost)} of {len(trials)} trials were lost to the machine: the same command tries them again"
+        )
     return tuned
 
 
@@ -189,15 +204,15 @@ def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: 
 def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> list[str]:
     """Names of all trials, whose settings are written down: drawn at once, or one after another by Optuna."""
     (folder / "settings").mkdir(exist_ok=True)
-    known = sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    known = _names(folder)
     if request.optuna and len(known) < request.trials:
         space = {"settings": {found.field: _domain(found) for found in ranges}}
         searcher = _optuna(request, ranges, folder)
         _round(request, folder, space, SHARES[0], together, request.trials - len(known), searcher)
-    elif not known:
+    elif len(known) < request.trials:  # a search may have been killed between two of them
         for index, drawn in enumerate(draw(ranges, request.trials, request.seed)):
             write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
-    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    return _names(folder)
 
 
 def _round(
@@ -238,8 +253,8 @@ def _grid(trials: list[dict[str, Any]]) -> Any:
 
 
 def _reached(folder: Path, name: str) -> float:
-    """How far a trial has come, as a share of its length; one that failed is done."""
-    if (folder / "settings" / f"{name}.failed.json").exists():
+    """How far a trial has come, as a share of its length; one that failed is done, one that was lost is not."""
+    if _ended(folder, name, "failed").exists():
         return 1.0
     summary = read_json(folder / "runs" / name / "summary.json") or {}
     return 1.0 if summary.get("state") == "finished" else _progress(folder / "runs" / name)
@@ -295,13 +310,21 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
     overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
     pause = _Pause(RunFolder(folder / "runs" / name), share)
+    _ended(folder, name, "lost").unlink(missing_ok=True)
     try:
         driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto", probe=False), pause)
-    except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
-        write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
+    except OWN_FAULT as error:  # a setting that diverges is a result, and no reason to end the search
+        write_json(_ended(folder, name, "failed"), {"error": str(error)})
+    except OrchestratorError as error:  # workers, a node or a store were lost: that says nothing of the setting
+        write_json(_ended(folder, name, "lost"), {"error": str(error)})
     values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
     worst = -math.inf if request.metric.startswith(GROWING) else math.inf
     ray_tune.report({"value": values[-1] if values else worst})
+
+
+def _ended(folder: Path, name: str, how: str) -> Path:
+    """Where a trial that ``failed``, or was ``lost``, says why."""
+    return folder / "settings" / f"{name}.{how}.json"
 
 
 class _Pause:
@@ -331,25 +354,43 @@ def _text(value: Any) -> str:
 def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
     """What the runs wrote down themselves, from best to worst; those that measured nothing last."""
     found = []
-    for path in sorted((folder / "settings").glob("trial-*.json")):
-        if path.stem.endswith(".failed"):
-            continue
-        root = folder / "runs" / path.stem
+    for name in _names(folder):
+        root = folder / "runs" / name
         values = [r["metrics"][metric] for r in _lines(root / "evaluations.jsonl") if metric in r["metrics"]]
-        summary = read_json(root / "summary.json") or {}
-        failed = path.with_name(f"{path.stem}.failed.json").exists()
-        state = "failed" if failed else "finished" if summary.get("state") == "finished" else "ended early"
         best = (max if grows else min)(values, default=None)
-        found.append(Trial(path.stem, read_json(path) or {}, state, _progress(root), best))
+        settings = read_json(folder / "settings" / f"{name}.json") or {}
+        found.append(Trial(name, settings, _state(folder, name), _progress(root), best))
     sign = -1.0 if grows else 1.0
     return tuple(sorted(found, key=lambda trial: math.inf if trial.best is None else sign * trial.best))
+
+
+def _names(folder: Path) -> list[str]:
+    """All trials whose settings are written down."""
+    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+
+
+def _state(folder: Path, name: str) -> str:
+    for how in ("failed", "lost"):
+        if _ended(folder, name, how).exists():
+            return how
+    summary = read_json(folder / "runs" / name / "summary.json") or {}
+    return "finished" if summary.get("state") == "finished" else "ended early"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _why(folder: Path) -> str:
-    for path in sorted((folder / "settings").glob("*.failed.json")):
-        return f"the first that failed said: {(read_json(path) or {}).get('error')}"
-    return "the job has no such metric, or no evaluation data"
+def _nothing_measured(request: TuneRequest, folder: Path) -> OrchestratorError:
+    """Why there is no result: what the first trial that failed said, or else the first that was lost."""
+    said = f"no trial measured metric={request.metric!r}"
+    names = _names(folder)
+    for failed in (_ended(folder, name, "failed") for name in names):
+        if (why := read_json(failed)) is not None:
+            return ConfigError(f"{said}: the first that failed said: {why['error']}")
+    for lost in (_ended(folder, name, "lost") for name in names):
+        if (why := read_json(lost)) is not None:
+            return WorkerLostError(
+                f"{said}: the first that was lost said: {why['error']}\nthe same command tries the lost ones again"
+            )
+    return ConfigError(f"{said}: the job has no such metric, or no evaluation data")

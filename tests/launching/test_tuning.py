@@ -14,7 +14,15 @@ import pytest
 from commands import TIMEOUT_S, environment
 
 from orchestrator.config import ScaleConfig
-from orchestrator.errors import ClusterError
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    NonFiniteLossError,
+    OrchestratorError,
+    StorageLostError,
+    UserCodeError,
+    WorkerLostError,
+)
 from orchestrator.job import load
 from orchestrator.launching import tuning
 from orchestrator.launching.tuning import Trial, Tuned, TuneRequest, _together
@@ -75,6 +83,62 @@ def test_settings_are_drawn_once_and_written_down(tmp_path: Path) -> None:
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
     assert tuning._first_round(made, ranges_of(made), tmp_path, 2) == names
     assert [json.loads((tmp_path / "settings" / f"{name}.json").read_text()) for name in names] == settings
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (NonFiniteLossError("the loss is nan"), "failed"),
+        (UserCodeError("ZeroDivisionError"), "failed"),
+        (ConfigError("layout.global_batch=33 does not divide"), "failed"),
+        (WorkerLostError("rank 1 is gone"), "lost"),
+        (StorageLostError("no answer"), "lost"),
+        (ClusterError("no such cluster"), "lost"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_only_what_a_trial_did_wrong_itself_is_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OrchestratorError, state: str
+) -> None:
+    """A trial that was lost to the machine is due again when the search is given again, and then it counts."""
+    from ray import tune as ray_tune
+
+    made, chosen = request(), {"name": "trial-000", "settings": {"seed": "3"}}
+    (tmp_path / "settings").mkdir()
+    reported: list[float] = []
+    monkeypatch.setattr(ray_tune, "report", lambda result: reported.append(result["value"]))
+
+    def ends(_: object, pause: tuning._Pause) -> None:
+        raise error
+
+    def finishes(_: object, pause: tuning._Pause) -> None:
+        pause.folder.root.mkdir(parents=True)
+        pause.folder.evaluations.write_text(json.dumps({"progress": 1.0, "metrics": {"loss": 0.5}}) + "\n")
+        write_json(pause.folder.summary, {"state": "finished"})
+
+    monkeypatch.setattr(tuning.driver, "run", ends)
+    tuning.run_trial(made, tmp_path, chosen, 1.0)
+    assert [trial.state for trial in tuning._trials(tmp_path, "loss", grows=False)] == [state]
+    assert tuning._reached(tmp_path, "trial-000") == (1.0 if state == "failed" else 0.0)
+    said = tuning._nothing_measured(made, tmp_path)
+    assert type(said) is (ConfigError if state == "failed" else WorkerLostError)
+    assert str(error) in str(said)
+    if state == "lost":
+        monkeypatch.setattr(tuning.driver, "run", finishes)
+        tuning.run_trial(made, tmp_path, chosen, 1.0)
+        (trial,) = tuning._trials(tmp_path, "loss", grows=False)
+        assert (trial.state, trial.best) == ("finished", 0.5)
+        assert reported == [float("inf"), 0.5]
+
+
+def test_settings_that_a_crash_kept_from_being_written_are_drawn_again(tmp_path: Path) -> None:
+    made = request()
+    names = tuning._first_round(made, ranges_of(made), tmp_path, 2)
+    settings = [(tmp_path / "settings" / f"{name}.json").read_text() for name in names]
+    for name in names[2:]:
+        (tmp_path / "settings" / f"{name}.json").unlink()
+    assert tuning._first_round(made, ranges_of(made), tmp_path, 2) == names
+    assert [(tmp_path / "settings" / f"{name}.json").read_text() for name in names] == settings
 
 
 def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
