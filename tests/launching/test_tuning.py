@@ -1,17 +1,18 @@
-"""`tune`: what is refused before anything starts, and a small search on a real cluster, continued after a crash."""
+"""`tune`: what is refused before anything starts, and a small search on a real cluster that is killed and goes on."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMEOUT_S, environment
+from commands import TIMEOUT_S, end_family, environment, losses, records
 
 from orchestrator.config import ScaleConfig
 from orchestrator.errors import (
@@ -168,40 +169,59 @@ def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_finds_a_rate_that_works_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_search_that_is_killed_goes_on_where_it_was_and_finds_a_rate_that_works(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "orchestrator", "tune", MLP, "--search", RATE, "--trials", "3", "--json"]
     if find_spec("optuna") is not None:  # its rounds are those of drawn settings, and one more before them
         words.append("--optuna")
     words += ["--metric", "accuracy", "--arg", "workers=1", "--arg", "epochs=3", "--set", "policy.name=fixed"]
     words += ["--set", "evaluation.every_epochs=1"]
 
-    def tune() -> dict[str, object]:
-        done = subprocess.run(
+    def tune() -> subprocess.Popen[str]:
+        return subprocess.Popen(
             words,
             cwd=tmp_path,
             env=environment(tmp_path),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=2 * TIMEOUT_S,
-            check=False,
+            start_new_session=True,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
 
-    found = tune()
+    killed = tune()
+    try:
+        done = wait_for_a_trial(tmp_path, killed)
+    finally:
+        end_family(killed)
+        killed.communicate()
+    before = {root: records(root) for root in done}
+    search = tune()
+    try:
+        out, err = search.communicate(timeout=2 * TIMEOUT_S)
+    finally:
+        end_family(search)
+    assert search.returncode == 0, err
+    found = json.loads(out)
     trials = found["trials"]
-    assert isinstance(trials, list)
     assert len(trials) == 3
-    best = [trial["best"] for trial in trials if trial["best"] is not None]
+    assert {trial["state"] for trial in trials} == {"finished", "ended early"}
+    best = [trial["best"] for trial in trials]
     assert best == sorted(best, reverse=True)
     assert best[0] > 0.8
-    assert (
-        found["set"]
-        == f"--set recipe.optimizer.learning_rate={trials[0]['settings']['recipe.optimizer.learning_rate']}"
-    )
-    assert (
-        f"accuracy by {RATE.partition('=')[0]}".replace("optimizer", "recipe.optimizer")
-        in Path(str(found["report"])).read_text()
-    )
-    again = tune()
-    assert again["trials"] == trials  # nothing was left to do, and nothing was done twice
+    rate = trials[0]["settings"]["recipe.optimizer.learning_rate"]
+    assert found["set"] == f"--set recipe.optimizer.learning_rate={rate}"
+    title = f"accuracy by {RATE.partition('=')[0]}".replace("optimizer", "recipe.optimizer")
+    assert title in Path(found["report"]).read_text()
+    for root in Path(found["folder"]).glob("runs/*"):
+        assert losses(root), "each step once, in order"
+    for root, steps in before.items():  # with the times they took: not one step was taken anew
+        assert records(root)[: len(steps)] == steps
+
+
+def wait_for_a_trial(root: Path, search: subprocess.Popen[str]) -> list[Path]:
+    """Wait until a trial has run its first share, and return the folders of those that have by then."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (done := [path.parent for path in root.glob("runs/tune-*/runs/trial-*/summary.json")]):
+        assert search.poll() is None, search.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return done
