@@ -273,7 +273,9 @@ def _domain(found: Range) -> Any:
         return ray_tune.choice(list(found.values))
     low, high = found.bounds
     if found.kind == "randint":
-        return ray_tune.randint(round(low), round(high) + 1)
+        first, last = found.integers[0], found.integers[-1]
+        # Ray Tune leaves the upper end out, but where there are steps.
+        return ray_tune.randint(first, last + 1) if found.step == 1 else ray_tune.qrandint(first, last, found.step)
     return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
 
 

@@ -142,6 +142,16 @@ def test_settings_that_a_crash_kept_from_being_written_are_drawn_again(tmp_path:
     assert [(tmp_path / "settings" / f"{name}.json").read_text() for name in names] == settings
 
 
+def test_optuna_too_is_offered_only_batches_that_the_workers_can_share() -> None:
+    def drawn(text: str, workers: int) -> set[int]:
+        (found,) = parse_search([text], load(MLP, [f"workers={workers}"]).config)
+        domain = tuning._domain(found)
+        return {int(domain.sample()) for _ in range(200)}
+
+    assert drawn("recipe.batch=randint(16,24)", 2) == {16, 18, 20, 22, 24}
+    assert drawn("recipe.batch=randint(15,19)", 1) == {15, 16, 17, 18, 19}
+
+
 def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed: pip install 'orchestrator[search]'")
     made = request(optuna=True)
