@@ -161,6 +161,10 @@ def tune(
     ] = False,
     trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 12,
     metric: Annotated[str, typer.Option(metavar="NAME", help="What to compare by.")] = "loss",
+    mode: Annotated[
+        str | None,
+        typer.Option(metavar="min|max", help="Which value of it is the best; by default as its name says."),
+    ] = None,
     optuna: Annotated[bool, typer.Option(help="Choose settings by what earlier trials found.")] = False,
     arg: Args = None,
     override: Overrides = None,
@@ -180,6 +184,7 @@ def tune(
         overrides=tuple(override or ()),
         trials=trials,
         metric=metric,
+        mode=mode,
         optuna=optuna,
         address=address,
     )

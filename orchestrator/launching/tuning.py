@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, differing_fields
 from orchestrator.errors import (
-    ClusterError,
     ConfigError,
     JobError,
     NonFiniteLossError,
@@ -31,14 +30,13 @@ from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.metric_direction import direction_of
 from orchestrator.scheduling.search_space import Range, draw, parse_search
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
-GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision")
-"""Beginnings of metrics that grow as a model gets better."""
 FACTOR = 3
 SHARES = (1 / 9, 1 / 3, 1.0)
 """Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
@@ -56,9 +54,16 @@ class TuneRequest:
     overrides: tuple[str, ...] = ()
     trials: int = 12
     metric: str = "loss"
+    mode: str | None = None
+    """"min" or "max", which of the metric's values is the best; None: as its name says."""
     optuna: bool = False
     address: str | None = None
     seed: int = 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether more of the metric is better."""
+        return direction_of(self.metric, self.mode) == "max"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     Raises:
         RequestError: the job, the search space, the metric or the cluster does not allow it; nothing was started.
     """
+    grows = request.grows
     job = load(request.job, request.args, request.overrides)
     ranges = parse_search(request.search, job.config)
     if request.trials < 2:
@@ -116,7 +122,6 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
         together = _together(job.config, cluster.shape)
         listener.note(f"{request.trials} trials, {together} at a time, in {folder}")
         _fit(request, ranges, folder, together)
-    grows = request.metric.startswith(GROWING)
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
         raise _nothing_measured(request, folder)
@@ -165,39 +170,41 @@ def _identity(request: TuneRequest) -> dict[str, Any]:
         "search": list(request.search),
         "trials": request.trials,
         "metric": request.metric,
+        "mode": "max" if request.grows else "min",
+        "optuna": request.optuna,
     }
 
 
 def _same_search(request: TuneRequest, folder: Path) -> None:
     old = read_json(folder / "search.json")
-    if old is not None and old != _identity(request):
+    if old is not None and (changed := differing_fields(old, _identity(request))):
         raise RunFolderError(
-            f"{folder} holds another search ({' '.join(old['search'])}, {old['trials']} trials by {old['metric']}): "
-            "give this one another name with --set name=..., or move that folder away"
+            f"{folder} holds another search:\n  "
+            + "\n  ".join(changed)
+            + "\ngive this one another name with --set name=..., or move that folder away"
         )
 
 
 def _together(config: RunConfig, shape: ClusterShape) -> int:
-    """How many runs the cluster holds side by side."""
-    workers = config.scale.workers if isinstance(config.scale.workers, int) else config.scale.workers[0]
-    each = workers * config.scale.cpus_per_worker
-    by_cpu = math.floor(shape.cpus / each)
-    found = min(by_cpu, shape.accelerators // workers) if shape.accelerators else by_cpu
-    if found < 1:
-        raise ClusterError(f"a trial takes {each:g} CPUs and the cluster has {shape.cpus:g}: lower scale.workers")
-    return found
+    """How many runs the cluster holds side by side.
+
+    Raises:
+        ClusterError: not one.
+    """
+    shape.workers(config.scale)  # refuses what it cannot hold once, naming what is short
+    fewest = config.scale.workers if isinstance(config.scale.workers, int) else config.scale.workers[0]
+    return shape.room(config.scale) // fewest
 
 
 def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
     """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
-    grows = request.metric.startswith(GROWING)
     names = _first_round(request, ranges, folder, together)
     for share in SHARES:
         due = [name for name in names if _reached(folder, name) < share]
         if due:
             trials = [{"name": name, "settings": read_json(folder / "settings" / f"{name}.json")} for name in due]
             _round(request, folder, {"trial": _grid(trials)}, share, together)
-        order = [trial.name for trial in _trials(folder, request.metric, grows) if trial.best is not None]
+        order = [trial.name for trial in _trials(folder, request.metric, request.grows) if trial.best is not None]
         names = [name for name in order if name in names][: max(1, math.ceil(len(names) / FACTOR))]
 
 
@@ -236,7 +243,7 @@ def _round(
         param_space=space,
         tune_config=ray_tune.TuneConfig(
             metric="value",
-            mode="max" if request.metric.startswith(GROWING) else "min",
+            mode="max" if request.grows else "min",
             num_samples=count,
             max_concurrent_trials=together,
             search_alg=searcher,
@@ -283,7 +290,7 @@ def _optuna(request: TuneRequest, ranges: Sequence[Range], folder: Path) -> Any:
     """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
     from ray.tune.search.optuna import OptunaSearch
 
-    trials = _trials(folder, request.metric, request.metric.startswith(GROWING))
+    trials = _trials(folder, request.metric, request.grows)
     known = [trial for trial in trials if trial.best is not None and trial.state != "failed"]
     return OptunaSearch(
         points_to_evaluate=[
@@ -320,7 +327,7 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     except OrchestratorError as error:  # workers, a node or a store were lost: that says nothing of the setting
         write_json(_ended(folder, name, "lost"), {"error": str(error)})
     values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
-    worst = -math.inf if request.metric.startswith(GROWING) else math.inf
+    worst = -math.inf if request.grows else math.inf
     ray_tune.report({"value": values[-1] if values else worst})
 
 

@@ -20,6 +20,7 @@ from orchestrator.errors import (
     ConfigError,
     NonFiniteLossError,
     OrchestratorError,
+    RunFolderError,
     StorageLostError,
     UserCodeError,
     WorkerLostError,
@@ -42,8 +43,11 @@ RATE = "optimizer.learning_rate=loguniform(1e-5,1e-1)"
         (["--search", "optimizer.learning_rate=0.1"], "write it as FIELD=RANGE"),
         (["--search", "recipe.bach=randint(8,64)"], "did you mean 'batch'"),
         (["--search", RATE, "--trials", "1"], "trials=1: give 2 at least"),
+        (["--search", RATE, "--metric", "calibration"], "give --mode max where more is better, --mode min where less"),
+        (["--search", RATE, "--mode", "up"], "mode='up': use min for a metric that should fall"),
+        (["--search", "recipe.batch=randint(16,17)", "--arg", "workers=3"], "no multiple of 3 lies between 16 and 17"),
     ],
-    ids=["nothing", "no-range", "unknown-field", "one-trial"],
+    ids=["nothing", "no-range", "unknown-field", "one-trial", "no-direction", "no-mode", "no-batch"],
 )
 def test_what_is_refused(refuse: Callable[..., str], tmp_path: Path, arguments: list[str], said: str) -> None:
     assert said in refuse("tune", MLP, *arguments)
@@ -56,9 +60,26 @@ def test_as_many_run_together_as_the_cluster_holds() -> None:
     config = mlp(workers=2).config
     assert _together(config, ClusterShape(nodes=1, cpus=9)) == 4
     assert _together(config, ClusterShape(nodes=2, cpus=64, accelerators=8, accelerator="H100")) == 4
+    on_cpus = config.model_copy(update={"scale": ScaleConfig(workers=2, accelerators_per_worker=0)})
+    assert _together(on_cpus, ClusterShape(nodes=2, cpus=64, accelerators=8, accelerator="H100")) == 32
     wide = config.model_copy(update={"scale": ScaleConfig(workers=2, cpus_per_worker=8)})
-    with pytest.raises(ClusterError, match=r"a trial takes 16 CPUs and the cluster has 9: lower scale.workers"):
+    with pytest.raises(ClusterError, match=r"scale.workers=2 needs 8 CPU .* has 9 CPUs .*cpus_per_worker"):
         _together(wide, ClusterShape(nodes=1, cpus=9))
+    with pytest.raises(ClusterError, match=r"has 64 CPUs and 1 accelerators .*set .*scale.accelerators_per_worker=0$"):
+        _together(config, ClusterShape(nodes=1, cpus=64, accelerators=1, accelerator="H100"))
+
+
+def test_a_search_by_other_means_is_another_search(tmp_path: Path) -> None:
+    write_json(tmp_path / "search.json", tuning._identity(request()))
+    tuning._same_search(request(), tmp_path)
+    tuning._same_search(request(mode="min"), tmp_path)  # what the name says anyway
+    for other, said in [
+        (request(optuna=True), "optuna: False -> True"),
+        (request(mode="max"), "mode: 'min' -> 'max'"),
+        (request(5), "trials: 4 -> 5"),
+    ]:
+        with pytest.raises(RunFolderError, match=said):
+            tuning._same_search(other, tmp_path)
 
 
 def test_the_line_to_set_is_the_best_trials() -> None:
