@@ -201,6 +201,11 @@ def tune(
         print(f"{best:<18} {trial.progress:5.0%}  {trial.state:<12} {settings}")
     print(f"drawn in {tuned.report}")
     print(tuned.set_line)
+    if tuned.halved:
+        print(
+            "a rate that a search finds lies at the edge of what is stable; where the batch grows take half of it:\n"
+            f"{tuned.halved}"
+        )
 
 
 def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
@@ -218,6 +223,9 @@ def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_
     for rate, loss in list(zip(found.rates, found.losses, strict=True))[::8]:
         length = round(50 * loss / max(found.losses))
         print(f"{rate:9.2g}  {loss:8.4g}  {'#' * length}")
+    print(
+        "where the loss fell fastest, well below the edge of what is stable: it needs no halving, a search goes higher"
+    )
     print(line)
 
 

@@ -37,6 +37,7 @@ from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
+RATE = "recipe.optimizer.learning_rate"
 FACTOR = 3
 SHARES = (1 / 9, 1 / 3, 1.0)
 """Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
@@ -96,6 +97,12 @@ class Tuned:
     def set_line(self) -> str:
         """What the best trial was, ready for the command line."""
         return " ".join(f"--set {name}={value}" for name, value in self.trials[0].settings.items())
+
+    @property
+    def halved(self) -> str:
+        """What to set in its place where the batch is to grow; empty where no learning rate was searched."""
+        rate = self.trials[0].settings.get(RATE)
+        return "" if rate is None else f"--set {RATE}={float(rate) / 2:.6g}"
 
 
 def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:

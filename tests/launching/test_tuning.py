@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMEOUT_S, end_family, environment, losses, records
+from commands import TIMEOUT_S, end_family, environment, in_this_process, losses, records
 
 from orchestrator.config import ScaleConfig
 from orchestrator.errors import (
@@ -85,6 +85,31 @@ def test_a_search_by_other_means_is_another_search(tmp_path: Path) -> None:
 def test_the_line_to_set_is_the_best_trials() -> None:
     trials = tuple(Trial(f"t{n}", {"recipe.batch": str(n), "seed": "1"}, "finished", 1.0, float(n)) for n in (3, 5))
     assert Tuned(Path(), "loss", False, trials, 2).set_line == "--set recipe.batch=3 --set seed=1"
+    assert Tuned(Path(), "loss", False, trials, 2).halved == ""
+
+
+def test_a_search_of_the_rate_says_what_to_take_where_the_batch_grows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = Trial("trial-000", {"recipe.optimizer.learning_rate": "0.05", "seed": "1"}, "finished", 1.0, 0.1)
+    monkeypatch.setattr(tuning, "tune", lambda *_: Tuned(Path("there"), "loss", False, (best,), 1))
+    said = in_this_process(monkeypatch, capsys, "tune", MLP, "--search", RATE).out.splitlines()
+    assert said[-3:] == [
+        "--set recipe.optimizer.learning_rate=0.05 --set seed=1",
+        "a rate that a search finds lies at the edge of what is stable; where the batch grows take half of it:",
+        "--set recipe.optimizer.learning_rate=0.025",
+    ]
+
+
+@pytest.mark.slow
+def test_a_range_test_says_what_its_rate_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = in_this_process(monkeypatch, capsys, "tune", MLP, "--range-test", "--arg", f"data={tmp_path}").out
+    last, line = said.splitlines()[-2:]
+    assert last.startswith("where the loss fell fastest, well below the edge of what is stable")
+    rate = line.removeprefix("--set recipe.optimizer.learning_rate=")
+    assert 0.001 < float(rate) < 0.02, "a grid's best, the last that is stable, is 0.036 to 0.051"
 
 
 def request(trials: int = 4, **fields: Any) -> TuneRequest:
