@@ -28,13 +28,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "arguments", "is_growing", "load"]
+__all__ = ["Dataset", "Datasets", "Job", "Parquet", "Summarizing", "Task", "arguments", "load"]
 
 VERBS = ("datasets", "model", "loss", "metrics")
 TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
-GROWING = ("accuracy", "auc", "recall", "reciprocal", "f1", "precision", "ndcg", "iou", "bleu")
-"""Beginnings of words in the names of metrics that grow as a model gets better."""
-FALLING = ("loss", "error")
 
 
 # -- what a job consists of --------------------------------------------------------------------
@@ -129,12 +126,6 @@ class Task(Protocol):
         ``model`` is in evaluation mode and no gradient is taken.
         """
         ...
-
-
-def is_growing(metric: str) -> bool:
-    """Whether ``metric`` grows as a model gets better, by the words of its name; all others fall, as a loss does."""
-    words = re.split(r"[^a-z0-9]+", metric.lower())
-    return any(word.startswith(GROWING) for word in words) and not any(word.startswith(FALLING) for word in words)
 
 
 @runtime_checkable

@@ -347,6 +347,23 @@ def step_at(engine: Engine, config: RunConfig, task: Toy, cursor: int, layout: L
     return engine.step([task.train.take(p) for p in positions], learning_rate=rate)
 
 
+def job_steps(config: RunConfig, task: Task, layout: Layout, rates: Sequence[float]) -> Steps:
+    """A new engine's steps over a job's own data set, opened and shuffled as a worker does."""
+    engine, data = make_engine(config, task), data_of(task)[0]
+    stream = Stream.over(data, config.seed)
+    stats = []
+    for index, rate in enumerate(rates):
+        positions = stream.micro_batches(index * layout.global_batch, layout, dist.get_rank())
+        stats.append(engine.step([data.take(p) for p in positions], learning_rate=rate))
+    return Steps(
+        losses=[s.loss for s in stats],
+        norms=[s.grad_norm for s in stats],
+        applied=[s.applied for s in stats],
+        weights=weights_of(engine),
+        buffers=local_buffers(engine.module),
+    )
+
+
 def measured_steps(
     config: RunConfig,
     task: Toy,

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from orchestrator.config import AdamW, Recipe, RunConfig, Stop
 from orchestrator.errors import ConfigError, DataError, JobError
-from orchestrator.job import Dataset, Datasets, Job, Parquet, _bind, is_growing, load
+from orchestrator.job import Dataset, Datasets, Job, Parquet, _bind, load
 
 CONFIG = RunConfig(name="tiny", recipe=Recipe(batch=8, optimizer=AdamW(learning_rate=1e-3), stop=Stop(steps=3)))
 
@@ -399,16 +399,3 @@ def test_importing_job_imports_no_framework():
     code = "import sys, orchestrator.job; print({'torch', 'numpy', 'ray', 'deepspeed'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-# -- metrics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "top5_accuracy", "auc", "recall_at_10", "reciprocal_rank", "val/F1"])
-def test_metrics_that_grow(metric: str) -> None:
-    assert is_growing(metric)
-
-
-@pytest.mark.parametrize("metric", ["loss", "bits_per_byte", "perplexity", "mse", "normalized_entropy", "recall_loss"])
-def test_metrics_that_fall(metric: str) -> None:
-    assert not is_growing(metric)

@@ -147,6 +147,7 @@ OPTIONS = {
         "--arg",
         "--json",
         "--metric",
+        "--mode",
         "--optuna",
         "--range-test",
         "--search",

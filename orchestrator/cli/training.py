@@ -161,6 +161,10 @@ def tune(
     ] = False,
     trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 12,
     metric: Annotated[str, typer.Option(metavar="NAME", help="What to compare by.")] = "loss",
+    mode: Annotated[
+        str | None,
+        typer.Option(metavar="min|max", help="Which value of it is the best; by default as its name says."),
+    ] = None,
     optuna: Annotated[bool, typer.Option(help="Choose settings by what earlier trials found.")] = False,
     arg: Args = None,
     override: Overrides = None,
@@ -180,6 +184,7 @@ def tune(
         overrides=tuple(override or ()),
         trials=trials,
         metric=metric,
+        mode=mode,
         optuna=optuna,
         address=address,
     )
@@ -196,6 +201,11 @@ def tune(
         print(f"{best:<18} {trial.progress:5.0%}  {trial.state:<12} {settings}")
     print(f"drawn in {tuned.report}")
     print(tuned.set_line)
+    if tuned.halved:
+        print(
+            "a rate that a search finds lies at the edge of what is stable; where the batch grows take half of it:\n"
+            f"{tuned.halved}"
+        )
 
 
 def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
@@ -213,6 +223,9 @@ def _range_test(job: str, args: tuple[str, ...], overrides: tuple[str, ...], as_
     for rate, loss in list(zip(found.rates, found.losses, strict=True))[::8]:
         length = round(50 * loss / max(found.losses))
         print(f"{rate:9.2g}  {loss:8.4g}  {'#' * length}")
+    print(
+        "where the loss fell fastest, well below the edge of what is stable: it needs no halving, a search goes higher"
+    )
     print(line)
 
 

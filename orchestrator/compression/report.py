@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from orchestrator.compression.measuring import Latency
 from orchestrator.errors import ConfigError, did_you_mean
-from orchestrator.job import is_growing
+from orchestrator.scheduling.metric_direction import direction_of
 from orchestrator.telemetry import human
 
 __all__ = ["Budget", "Entry", "best", "quality_of", "report_html", "report_lines", "report_rows"]
@@ -181,10 +182,16 @@ def _ms(seconds: float) -> str:
 
 
 def _keeps(value: float | None, limit: float, quality: str) -> bool:
-    """Whether a metric is as good as ``limit``; one that is not there, or NaN, is not."""
+    """Whether a metric is as good as ``limit``, the least where its name does not say that it should fall.
+
+    One that is not there, or NaN, is not.
+    """
     if value is None:
         return False
-    return value >= limit if is_growing(quality) else value <= limit
+    falls = False
+    with contextlib.suppress(ConfigError):
+        falls = direction_of(quality) == "min"
+    return value <= limit if falls else value >= limit
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;

@@ -14,23 +14,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig
-from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, RunFolderError
-from orchestrator.job import is_growing, load
+from orchestrator.config import RunConfig, differing_fields
+from orchestrator.errors import (
+    ConfigError,
+    JobError,
+    NonFiniteLossError,
+    OrchestratorError,
+    RunFolderError,
+    UserCodeError,
+    WorkerLostError,
+)
+from orchestrator.job import load
 from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.metric_direction import direction_of
 from orchestrator.scheduling.search_space import Range, draw, parse_search
 from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
 from orchestrator.telemetry.searched import SearchedTrial, render_search
 
 __all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
 
+RATE = "recipe.optimizer.learning_rate"
 FACTOR = 3
 SHARES = (1 / 9, 1 / 3, 1.0)
 """Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
+OWN_FAULT = (ConfigError, JobError, NonFiniteLossError, UserCodeError)
+"""What a trial's own settings or the job's own code did wrong: it would end the same way again."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,16 @@ class TuneRequest:
     overrides: tuple[str, ...] = ()
     trials: int = 12
     metric: str = "loss"
+    mode: str | None = None
+    """"min" or "max", which of the metric's values is the best; None: as its name says."""
     optuna: bool = False
     address: str | None = None
     seed: int = 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether more of the metric is better."""
+        return direction_of(self.metric, self.mode) == "max"
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,12 @@ class Tuned:
         """What the best trial was, ready for the command line."""
         return " ".join(f"--set {name}={value}" for name, value in self.trials[0].settings.items())
 
+    @property
+    def halved(self) -> str:
+        """What to set in its place where the batch is to grow; empty where no learning rate was searched."""
+        rate = self.trials[0].settings.get(RATE)
+        return "" if rate is None else f"--set {RATE}={float(rate) / 2:.6g}"
+
 
 def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     """Try ``request.trials`` settings by successive halving; the same command again goes on after a crash.
@@ -88,6 +113,7 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     Raises:
         RequestError: the job, the search space, the metric or the cluster does not allow it; nothing was started.
     """
+    grows = request.grows
     job = load(request.job, request.args, request.overrides)
     ranges = parse_search(request.search, job.config)
     if request.trials < 2:
@@ -103,12 +129,15 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
         together = _together(job.config, cluster.shape)
         listener.note(f"{request.trials} trials, {together} at a time, in {folder}")
         _fit(request, ranges, folder, together)
-    grows = is_growing(request.metric)
     trials = _trials(folder, request.metric, grows)
     if not trials or trials[0].best is None:
-        raise ConfigError(f"no trial measured metric={request.metric!r}: {_why(folder)}")
+        raise _nothing_measured(request, folder)
     tuned = Tuned(folder, request.metric, grows, trials, together)
     _draw(tuned, job.config.name)
+    if lost := [trial for trial in trials if trial.state == "lost"]:
+        listener.note(
+            f"{len(lost)} of {len(trials)} trials were lost to the machine: the same command tries them again"
+        )
     return tuned
 
 
@@ -148,54 +177,56 @@ def _identity(request: TuneRequest) -> dict[str, Any]:
         "search": list(request.search),
         "trials": request.trials,
         "metric": request.metric,
+        "mode": "max" if request.grows else "min",
+        "optuna": request.optuna,
     }
 
 
 def _same_search(request: TuneRequest, folder: Path) -> None:
     old = read_json(folder / "search.json")
-    if old is not None and old != _identity(request):
+    if old is not None and (changed := differing_fields(old, _identity(request))):
         raise RunFolderError(
-            f"{folder} holds another search ({' '.join(old['search'])}, {old['trials']} trials by {old['metric']}): "
-            "give this one another name with --set name=..., or move that folder away"
+            f"{folder} holds another search:\n  "
+            + "\n  ".join(changed)
+            + "\ngive this one another name with --set name=..., or move that folder away"
         )
 
 
 def _together(config: RunConfig, shape: ClusterShape) -> int:
-    """How many runs the cluster holds side by side."""
-    workers = config.scale.workers if isinstance(config.scale.workers, int) else config.scale.workers[0]
-    each = workers * config.scale.cpus_per_worker
-    by_cpu = math.floor(shape.cpus / each)
-    found = min(by_cpu, shape.accelerators // workers) if shape.accelerators else by_cpu
-    if found < 1:
-        raise ClusterError(f"a trial takes {each:g} CPUs and the cluster has {shape.cpus:g}: lower scale.workers")
-    return found
+    """How many runs the cluster holds side by side.
+
+    Raises:
+        ClusterError: not one.
+    """
+    shape.workers(config.scale)  # refuses what it cannot hold once, naming what is short
+    fewest = config.scale.workers if isinstance(config.scale.workers, int) else config.scale.workers[0]
+    return shape.room(config.scale) // fewest
 
 
 def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
     """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
-    grows = is_growing(request.metric)
     names = _first_round(request, ranges, folder, together)
     for share in SHARES:
         due = [name for name in names if _reached(folder, name) < share]
         if due:
             trials = [{"name": name, "settings": read_json(folder / "settings" / f"{name}.json")} for name in due]
             _round(request, folder, {"trial": _grid(trials)}, share, together)
-        order = [trial.name for trial in _trials(folder, request.metric, grows) if trial.best is not None]
+        order = [trial.name for trial in _trials(folder, request.metric, request.grows) if trial.best is not None]
         names = [name for name in order if name in names][: max(1, math.ceil(len(names) / FACTOR))]
 
 
 def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> list[str]:
     """Names of all trials, whose settings are written down: drawn at once, or one after another by Optuna."""
     (folder / "settings").mkdir(exist_ok=True)
-    known = sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    known = _names(folder)
     if request.optuna and len(known) < request.trials:
         space = {"settings": {found.field: _domain(found) for found in ranges}}
         searcher = _optuna(request, ranges, folder)
         _round(request, folder, space, SHARES[0], together, request.trials - len(known), searcher)
-    elif not known:
+    elif len(known) < request.trials:  # a search may have been killed between two of them
         for index, drawn in enumerate(draw(ranges, request.trials, request.seed)):
             write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
-    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+    return _names(folder)
 
 
 def _round(
@@ -219,7 +250,7 @@ def _round(
         param_space=space,
         tune_config=ray_tune.TuneConfig(
             metric="value",
-            mode="max" if is_growing(request.metric) else "min",
+            mode="max" if request.grows else "min",
             num_samples=count,
             max_concurrent_trials=together,
             search_alg=searcher,
@@ -236,8 +267,8 @@ def _grid(trials: list[dict[str, Any]]) -> Any:
 
 
 def _reached(folder: Path, name: str) -> float:
-    """How far a trial has come, as a share of its length; one that failed is done."""
-    if (folder / "settings" / f"{name}.failed.json").exists():
+    """How far a trial has come, as a share of its length; one that failed is done, one that was lost is not."""
+    if _ended(folder, name, "failed").exists():
         return 1.0
     summary = read_json(folder / "runs" / name / "summary.json") or {}
     return 1.0 if summary.get("state") == "finished" else _progress(folder / "runs" / name)
@@ -256,7 +287,9 @@ def _domain(found: Range) -> Any:
         return ray_tune.choice(list(found.values))
     low, high = found.bounds
     if found.kind == "randint":
-        return ray_tune.randint(round(low), round(high) + 1)
+        first, last = found.integers[0], found.integers[-1]
+        # Ray Tune leaves the upper end out, but where there are steps.
+        return ray_tune.randint(first, last + 1) if found.step == 1 else ray_tune.qrandint(first, last, found.step)
     return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
 
 
@@ -264,7 +297,7 @@ def _optuna(request: TuneRequest, ranges: Sequence[Range], folder: Path) -> Any:
     """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
     from ray.tune.search.optuna import OptunaSearch
 
-    trials = _trials(folder, request.metric, is_growing(request.metric))
+    trials = _trials(folder, request.metric, request.grows)
     known = [trial for trial in trials if trial.best is not None and trial.state != "failed"]
     return OptunaSearch(
         points_to_evaluate=[
@@ -293,13 +326,21 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
     overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
     pause = _Pause(RunFolder(folder / "runs" / name), share)
+    _ended(folder, name, "lost").unlink(missing_ok=True)
     try:
         driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto", probe=False), pause)
-    except OrchestratorError as error:  # a setting that diverges is a result, and no reason to end the search
-        write_json(folder / "settings" / f"{name}.failed.json", {"error": str(error)})
+    except OWN_FAULT as error:  # a setting that diverges is a result, and no reason to end the search
+        write_json(_ended(folder, name, "failed"), {"error": str(error)})
+    except OrchestratorError as error:  # workers, a node or a store were lost: that says nothing of the setting
+        write_json(_ended(folder, name, "lost"), {"error": str(error)})
     values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
-    worst = -math.inf if is_growing(request.metric) else math.inf
+    worst = -math.inf if request.grows else math.inf
     ray_tune.report({"value": values[-1] if values else worst})
+
+
+def _ended(folder: Path, name: str, how: str) -> Path:
+    """Where a trial that ``failed``, or was ``lost``, says why."""
+    return folder / "settings" / f"{name}.{how}.json"
 
 
 class _Pause:
@@ -329,25 +370,43 @@ def _text(value: Any) -> str:
 def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
     """What the runs wrote down themselves, from best to worst; those that measured nothing last."""
     found = []
-    for path in sorted((folder / "settings").glob("trial-*.json")):
-        if path.stem.endswith(".failed"):
-            continue
-        root = folder / "runs" / path.stem
+    for name in _names(folder):
+        root = folder / "runs" / name
         values = [r["metrics"][metric] for r in _lines(root / "evaluations.jsonl") if metric in r["metrics"]]
-        summary = read_json(root / "summary.json") or {}
-        failed = path.with_name(f"{path.stem}.failed.json").exists()
-        state = "failed" if failed else "finished" if summary.get("state") == "finished" else "ended early"
         best = (max if grows else min)(values, default=None)
-        found.append(Trial(path.stem, read_json(path) or {}, state, _progress(root), best))
+        settings = read_json(folder / "settings" / f"{name}.json") or {}
+        found.append(Trial(name, settings, _state(folder, name), _progress(root), best))
     sign = -1.0 if grows else 1.0
     return tuple(sorted(found, key=lambda trial: math.inf if trial.best is None else sign * trial.best))
+
+
+def _names(folder: Path) -> list[str]:
+    """All trials whose settings are written down."""
+    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
+
+
+def _state(folder: Path, name: str) -> str:
+    for how in ("failed", "lost"):
+        if _ended(folder, name, how).exists():
+            return how
+    summary = read_json(folder / "runs" / name / "summary.json") or {}
+    return "finished" if summary.get("state") == "finished" else "ended early"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _why(folder: Path) -> str:
-    for path in sorted((folder / "settings").glob("*.failed.json")):
-        return f"the first that failed said: {(read_json(path) or {}).get('error')}"
-    return "the job has no such metric, or no evaluation data"
+def _nothing_measured(request: TuneRequest, folder: Path) -> OrchestratorError:
+    """Why there is no result: what the first trial that failed said, or else the first that was lost."""
+    said = f"no trial measured metric={request.metric!r}"
+    names = _names(folder)
+    for failed in (_ended(folder, name, "failed") for name in names):
+        if (why := read_json(failed)) is not None:
+            return ConfigError(f"{said}: the first that failed said: {why['error']}")
+    for lost in (_ended(folder, name, "lost") for name in names):
+        if (why := read_json(lost)) is not None:
+            return WorkerLostError(
+                f"{said}: the first that was lost said: {why['error']}\nthe same command tries the lost ones again"
+            )
+    return ConfigError(f"{said}: the job has no such metric, or no evaluation data")

@@ -79,12 +79,17 @@ class ClusterShape:
             ClusterError: the cluster holds fewer workers than the run needs.
         """
         low, high = scale.workers if isinstance(scale.workers, tuple) else (scale.workers, scale.workers)
-        room = self._room(scale)
+        room = self.room(scale)
         if room < low:
             raise ClusterError(self._too_small(scale, low, room))
         return min(high, room)
 
-    def _room(self, scale: ScaleConfig) -> int:
+    def room(self, scale: ScaleConfig) -> int:
+        """How many such workers it holds, by CPUs and, where they take any, by accelerators.
+
+        Raises:
+            ClusterError: all it has are TPUs.
+        """
         by_cpu = int(self.cpus / scale.cpus_per_worker + 1e-9)
         per_worker = self.accelerators_per_worker(scale)
         return min(by_cpu, self.accelerators // per_worker) if per_worker else by_cpu

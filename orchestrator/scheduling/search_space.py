@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.config import RunConfig, apply_overrides
@@ -14,6 +14,8 @@ from orchestrator.errors import ConfigError
 __all__ = ["Range", "draw", "parse_search"]
 
 FORM = re.compile(r"(?P<kind>loguniform|uniform|randint|choice)\((?P<body>[^()]+)\)")
+BATCHES = ("recipe.batch", "layout.global_batch")
+"""Fields whose values the workers share; the first is the batch of a run unless the second is set."""
 EXAMPLES = "loguniform(1e-4,1e-1), uniform(0,0.3), randint(16,256) or choice(sgd,adamw)"
 
 
@@ -24,6 +26,8 @@ class Range:
     field: str
     kind: Literal["loguniform", "uniform", "randint", "choice"]
     values: tuple[str, ...]
+    step: int = 1
+    """Of integers, those that are multiples of it are drawn: batches that a run's workers can share."""
 
     def at(self, share: float) -> str:
         """Return the value that lies ``share`` of the way along, from 0 to below 1, as ``--set`` takes it.
@@ -34,7 +38,7 @@ class Range:
             return self.values[int(share * len(self.values))]
         low, high = self.bounds
         if self.kind == "randint":
-            return str(round(low) + int(share * (round(high) - round(low) + 1)))
+            return str(self.integers[int(share * len(self.integers))])
         if self.kind == "loguniform":
             return f"{math.exp(math.log(low) + share * math.log(high / low)):.6g}"
         return f"{low + share * (high - low):.6g}"
@@ -44,14 +48,22 @@ class Range:
         """Lowest and highest value of a range that is no choice."""
         return float(self.values[0]), float(self.values[1])
 
+    @property
+    def integers(self) -> range:
+        """What a range of integers holds, both ends among them where ``step`` divides them."""
+        low, high = (round(bound) for bound in self.bounds)
+        return range(-(-low // self.step) * self.step, high + 1, self.step)
+
 
 def parse_search(texts: Sequence[str], config: RunConfig) -> tuple[Range, ...]:
     """Read ``field=loguniform(1e-4,1e-1)`` and the like; ``optimizer.learning_rate`` means the recipe's.
 
-    Both ends of each range, and every choice, are tried in ``config``: a search must not fail at its tenth trial.
+    Both ends of each range, and every choice, are tried in ``config``: a search must not fail at its tenth trial. Of
+    batches those are drawn that the workers can share, with what is fixed or searched of the layout.
 
     Raises:
-        ConfigError: nothing to search, a text of another form, an unknown field, or a value that the field refuses.
+        ConfigError: nothing to search, a text of another form, an unknown field, a value that the field refuses, or
+            no batch that the workers can share.
     """
     if not texts:
         raise ConfigError(f"nothing to search: give --search FIELD=RANGE, with a range such as {EXAMPLES}")
@@ -61,7 +73,38 @@ def parse_search(texts: Sequence[str], config: RunConfig) -> tuple[Range, ...]:
     for found in ranges:
         for value in found.values:
             apply_overrides(config, [f"{found.field}={value}"])
-    return ranges
+    return tuple(_shared(found, ranges, config) for found in ranges)
+
+
+def _shared(found: Range, ranges: Sequence[Range], config: RunConfig) -> Range:
+    """The range with only such batches as every layout that the search may come to can share."""
+    own_batch = config.layout.global_batch == "auto" and all(one.field != BATCHES[1] for one in ranges)
+    if found.kind != "randint" or found.field not in BATCHES or (found.field == BATCHES[0] and not own_batch):
+        return found
+    workers = config.scale.workers
+    factors = {
+        "scale.workers": workers if isinstance(workers, int) else workers[0],
+        "layout.micro_batch": config.layout.micro_batch,
+        "layout.accumulation": config.layout.accumulation,
+    }
+    searched = {one.field: _integers(one) for one in ranges}
+    step = math.prod(
+        math.lcm(*(searched.get(field) or [1 if fixed == "auto" else fixed])) for field, fixed in factors.items()
+    )
+    shared = replace(found, step=step)
+    if not shared.integers:
+        raise ConfigError(
+            f"{found.field}: no multiple of {step} lies between {' and '.join(found.values)}, and only those can be "
+            "shared by the workers: give it a wider range, or choices"
+        )
+    return shared
+
+
+def _integers(found: Range) -> list[int]:
+    """The numbers that a range may come to; choices of several, such as 1,4 workers, or of words are none."""
+    if found.kind == "choice":
+        return [int(value) for value in found.values if value.isdecimal()]
+    return list(found.integers) if found.kind == "randint" else []
 
 
 def draw(ranges: Sequence[Range], count: int, seed: int) -> list[dict[str, str]]:

@@ -1,20 +1,30 @@
-"""`tune`: what is refused before anything starts, and a small search on a real cluster, continued after a crash."""
+"""`tune`: what is refused before anything starts, and a small search on a real cluster that is killed and goes on."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMEOUT_S, environment
+from commands import TIMEOUT_S, end_family, environment, in_this_process, losses, records
 
 from orchestrator.config import ScaleConfig
-from orchestrator.errors import ClusterError
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    NonFiniteLossError,
+    OrchestratorError,
+    RunFolderError,
+    StorageLostError,
+    UserCodeError,
+    WorkerLostError,
+)
 from orchestrator.job import load
 from orchestrator.launching import tuning
 from orchestrator.launching.tuning import Trial, Tuned, TuneRequest, _together
@@ -33,8 +43,11 @@ RATE = "optimizer.learning_rate=loguniform(1e-5,1e-1)"
         (["--search", "optimizer.learning_rate=0.1"], "write it as FIELD=RANGE"),
         (["--search", "recipe.bach=randint(8,64)"], "did you mean 'batch'"),
         (["--search", RATE, "--trials", "1"], "trials=1: give 2 at least"),
+        (["--search", RATE, "--metric", "calibration"], "give --mode max where more is better, --mode min where less"),
+        (["--search", RATE, "--mode", "up"], "mode='up': use min for a metric that should fall"),
+        (["--search", "recipe.batch=randint(16,17)", "--arg", "workers=3"], "no multiple of 3 lies between 16 and 17"),
     ],
-    ids=["nothing", "no-range", "unknown-field", "one-trial"],
+    ids=["nothing", "no-range", "unknown-field", "one-trial", "no-direction", "no-mode", "no-batch"],
 )
 def test_what_is_refused(refuse: Callable[..., str], tmp_path: Path, arguments: list[str], said: str) -> None:
     assert said in refuse("tune", MLP, *arguments)
@@ -47,14 +60,56 @@ def test_as_many_run_together_as_the_cluster_holds() -> None:
     config = mlp(workers=2).config
     assert _together(config, ClusterShape(nodes=1, cpus=9)) == 4
     assert _together(config, ClusterShape(nodes=2, cpus=64, accelerators=8, accelerator="H100")) == 4
+    on_cpus = config.model_copy(update={"scale": ScaleConfig(workers=2, accelerators_per_worker=0)})
+    assert _together(on_cpus, ClusterShape(nodes=2, cpus=64, accelerators=8, accelerator="H100")) == 32
     wide = config.model_copy(update={"scale": ScaleConfig(workers=2, cpus_per_worker=8)})
-    with pytest.raises(ClusterError, match=r"a trial takes 16 CPUs and the cluster has 9: lower scale.workers"):
+    with pytest.raises(ClusterError, match=r"scale.workers=2 needs 8 CPU .* has 9 CPUs .*cpus_per_worker"):
         _together(wide, ClusterShape(nodes=1, cpus=9))
+    with pytest.raises(ClusterError, match=r"has 64 CPUs and 1 accelerators .*set .*scale.accelerators_per_worker=0$"):
+        _together(config, ClusterShape(nodes=1, cpus=64, accelerators=1, accelerator="H100"))
+
+
+def test_a_search_by_other_means_is_another_search(tmp_path: Path) -> None:
+    write_json(tmp_path / "search.json", tuning._identity(request()))
+    tuning._same_search(request(), tmp_path)
+    tuning._same_search(request(mode="min"), tmp_path)  # what the name says anyway
+    for other, said in [
+        (request(optuna=True), "optuna: False -> True"),
+        (request(mode="max"), "mode: 'min' -> 'max'"),
+        (request(5), "trials: 4 -> 5"),
+    ]:
+        with pytest.raises(RunFolderError, match=said):
+            tuning._same_search(other, tmp_path)
 
 
 def test_the_line_to_set_is_the_best_trials() -> None:
     trials = tuple(Trial(f"t{n}", {"recipe.batch": str(n), "seed": "1"}, "finished", 1.0, float(n)) for n in (3, 5))
     assert Tuned(Path(), "loss", False, trials, 2).set_line == "--set recipe.batch=3 --set seed=1"
+    assert Tuned(Path(), "loss", False, trials, 2).halved == ""
+
+
+def test_a_search_of_the_rate_says_what_to_take_where_the_batch_grows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = Trial("trial-000", {"recipe.optimizer.learning_rate": "0.05", "seed": "1"}, "finished", 1.0, 0.1)
+    monkeypatch.setattr(tuning, "tune", lambda *_: Tuned(Path("there"), "loss", False, (best,), 1))
+    said = in_this_process(monkeypatch, capsys, "tune", MLP, "--search", RATE).out.splitlines()
+    assert said[-3:] == [
+        "--set recipe.optimizer.learning_rate=0.05 --set seed=1",
+        "a rate that a search finds lies at the edge of what is stable; where the batch grows take half of it:",
+        "--set recipe.optimizer.learning_rate=0.025",
+    ]
+
+
+@pytest.mark.slow
+def test_a_range_test_says_what_its_rate_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = in_this_process(monkeypatch, capsys, "tune", MLP, "--range-test", "--arg", f"data={tmp_path}").out
+    last, line = said.splitlines()[-2:]
+    assert last.startswith("where the loss fell fastest, well below the edge of what is stable")
+    rate = line.removeprefix("--set recipe.optimizer.learning_rate=")
+    assert 0.001 < float(rate) < 0.02, "a grid's best, the last that is stable, is 0.036 to 0.051"
 
 
 def request(trials: int = 4, **fields: Any) -> TuneRequest:
@@ -75,6 +130,72 @@ def test_settings_are_drawn_once_and_written_down(tmp_path: Path) -> None:
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
     assert tuning._first_round(made, ranges_of(made), tmp_path, 2) == names
     assert [json.loads((tmp_path / "settings" / f"{name}.json").read_text()) for name in names] == settings
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (NonFiniteLossError("the loss is nan"), "failed"),
+        (UserCodeError("ZeroDivisionError"), "failed"),
+        (ConfigError("layout.global_batch=33 does not divide"), "failed"),
+        (WorkerLostError("rank 1 is gone"), "lost"),
+        (StorageLostError("no answer"), "lost"),
+        (ClusterError("no such cluster"), "lost"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_only_what_a_trial_did_wrong_itself_is_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OrchestratorError, state: str
+) -> None:
+    """A trial that was lost to the machine is due again when the search is given again, and then it counts."""
+    from ray import tune as ray_tune
+
+    made, chosen = request(), {"name": "trial-000", "settings": {"seed": "3"}}
+    (tmp_path / "settings").mkdir()
+    reported: list[float] = []
+    monkeypatch.setattr(ray_tune, "report", lambda result: reported.append(result["value"]))
+
+    def ends(_: object, pause: tuning._Pause) -> None:
+        raise error
+
+    def finishes(_: object, pause: tuning._Pause) -> None:
+        pause.folder.root.mkdir(parents=True)
+        pause.folder.evaluations.write_text(json.dumps({"progress": 1.0, "metrics": {"loss": 0.5}}) + "\n")
+        write_json(pause.folder.summary, {"state": "finished"})
+
+    monkeypatch.setattr(tuning.driver, "run", ends)
+    tuning.run_trial(made, tmp_path, chosen, 1.0)
+    assert [trial.state for trial in tuning._trials(tmp_path, "loss", grows=False)] == [state]
+    assert tuning._reached(tmp_path, "trial-000") == (1.0 if state == "failed" else 0.0)
+    said = tuning._nothing_measured(made, tmp_path)
+    assert type(said) is (ConfigError if state == "failed" else WorkerLostError)
+    assert str(error) in str(said)
+    if state == "lost":
+        monkeypatch.setattr(tuning.driver, "run", finishes)
+        tuning.run_trial(made, tmp_path, chosen, 1.0)
+        (trial,) = tuning._trials(tmp_path, "loss", grows=False)
+        assert (trial.state, trial.best) == ("finished", 0.5)
+        assert reported == [float("inf"), 0.5]
+
+
+def test_settings_that_a_crash_kept_from_being_written_are_drawn_again(tmp_path: Path) -> None:
+    made = request()
+    names = tuning._first_round(made, ranges_of(made), tmp_path, 2)
+    settings = [(tmp_path / "settings" / f"{name}.json").read_text() for name in names]
+    for name in names[2:]:
+        (tmp_path / "settings" / f"{name}.json").unlink()
+    assert tuning._first_round(made, ranges_of(made), tmp_path, 2) == names
+    assert [(tmp_path / "settings" / f"{name}.json").read_text() for name in names] == settings
+
+
+def test_optuna_too_is_offered_only_batches_that_the_workers_can_share() -> None:
+    def drawn(text: str, workers: int) -> set[int]:
+        (found,) = parse_search([text], load(MLP, [f"workers={workers}"]).config)
+        domain = tuning._domain(found)
+        return {int(domain.sample()) for _ in range(200)}
+
+    assert drawn("recipe.batch=randint(16,24)", 2) == {16, 18, 20, 22, 24}
+    assert drawn("recipe.batch=randint(15,19)", 1) == {15, 16, 17, 18, 19}
 
 
 def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
@@ -104,40 +225,59 @@ def test_optuna_goes_on_from_what_earlier_trials_found(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_finds_a_rate_that_works_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_search_that_is_killed_goes_on_where_it_was_and_finds_a_rate_that_works(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "orchestrator", "tune", MLP, "--search", RATE, "--trials", "3", "--json"]
     if find_spec("optuna") is not None:  # its rounds are those of drawn settings, and one more before them
         words.append("--optuna")
     words += ["--metric", "accuracy", "--arg", "workers=1", "--arg", "epochs=3", "--set", "policy.name=fixed"]
     words += ["--set", "evaluation.every_epochs=1"]
 
-    def tune() -> dict[str, object]:
-        done = subprocess.run(
+    def tune() -> subprocess.Popen[str]:
+        return subprocess.Popen(
             words,
             cwd=tmp_path,
             env=environment(tmp_path),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=2 * TIMEOUT_S,
-            check=False,
+            start_new_session=True,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
 
-    found = tune()
+    killed = tune()
+    try:
+        done = wait_for_a_trial(tmp_path, killed)
+    finally:
+        end_family(killed)
+        killed.communicate()
+    before = {root: records(root) for root in done}
+    search = tune()
+    try:
+        out, err = search.communicate(timeout=2 * TIMEOUT_S)
+    finally:
+        end_family(search)
+    assert search.returncode == 0, err
+    found = json.loads(out)
     trials = found["trials"]
-    assert isinstance(trials, list)
     assert len(trials) == 3
-    best = [trial["best"] for trial in trials if trial["best"] is not None]
+    assert {trial["state"] for trial in trials} == {"finished", "ended early"}
+    best = [trial["best"] for trial in trials]
     assert best == sorted(best, reverse=True)
     assert best[0] > 0.8
-    assert (
-        found["set"]
-        == f"--set recipe.optimizer.learning_rate={trials[0]['settings']['recipe.optimizer.learning_rate']}"
-    )
-    assert (
-        f"accuracy by {RATE.partition('=')[0]}".replace("optimizer", "recipe.optimizer")
-        in Path(str(found["report"])).read_text()
-    )
-    again = tune()
-    assert again["trials"] == trials  # nothing was left to do, and nothing was done twice
+    rate = trials[0]["settings"]["recipe.optimizer.learning_rate"]
+    assert found["set"] == f"--set recipe.optimizer.learning_rate={rate}"
+    title = f"accuracy by {RATE.partition('=')[0]}".replace("optimizer", "recipe.optimizer")
+    assert title in Path(found["report"]).read_text()
+    for root in Path(found["folder"]).glob("runs/*"):
+        assert losses(root), "each step once, in order"
+    for root, steps in before.items():  # with the times they took: not one step was taken anew
+        assert records(root)[: len(steps)] == steps
+
+
+def wait_for_a_trial(root: Path, search: subprocess.Popen[str]) -> list[Path]:
+    """Wait until a trial has run its first share, and return the folders of those that have by then."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (done := [path.parent for path in root.glob("runs/tune-*/runs/trial-*/summary.json")]):
+        assert search.poll() is None, search.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return done

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import AdamW, Recipe, RunConfig, Stop, apply_overrides
+from orchestrator.config import AdamW, LayoutConfig, Recipe, RunConfig, ScaleConfig, Stop, apply_overrides
 from orchestrator.errors import ConfigError
+from orchestrator.planning.layout import lay_out
 from orchestrator.scheduling.search_space import Range, draw, parse_search
 
 CONFIG = RunConfig(name="x", recipe=Recipe(batch=8, optimizer=AdamW(learning_rate=1e-3), stop=Stop(epochs=1)))
@@ -48,6 +50,51 @@ def test_the_way_along_a_range_is_even_on_its_scale() -> None:
     assert [Range("x", "choice", ("a", "b")).at(share) for share in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
     integers = [Range("x", "randint", ("3", "5")).at(share) for share in (0.0, 0.4, 0.7, 0.999)]
     assert integers == ["3", "4", "5", "5"], "both ends are among them"
+
+
+@given(
+    st.integers(1, 8),
+    st.sampled_from(["auto", 1, 2, 3]),
+    st.sampled_from(["auto", 1, 2, 5]),
+    st.integers(2, 40),
+    st.integers(0, 300),
+    st.integers(0, 99),
+)
+def test_every_batch_that_is_drawn_can_be_laid_out(
+    workers: int, micro_batch: Any, accumulation: Any, low: int, more: int, seed: int
+) -> None:
+    """With one of the two fixed; both leave one batch alone. What is not drawn could not be."""
+    accumulation = "auto" if micro_batch != "auto" else accumulation
+    layout = {"micro_batch": micro_batch, "accumulation": accumulation}
+    config = CONFIG.model_copy(update={"scale": ScaleConfig(workers=workers), "layout": LayoutConfig(**layout)})
+
+    def fits(batch: int) -> bool:
+        try:
+            return bool(lay_out(batch, workers, **layout))
+        except ConfigError:
+            return False
+
+    fitting = [batch for batch in range(low, low + more + 2) if fits(batch)]
+    asked = [f"recipe.batch=randint({low},{low + more + 1})"]
+    if not fitting:
+        with pytest.raises(ConfigError, match="no multiple of"):
+            parse_search(asked, config)
+        return
+    ranges = parse_search(asked, config)
+    assert {int(each["recipe.batch"]) for each in draw(ranges, len(fitting), seed)} == set(fitting)
+
+
+def test_a_batch_is_drawn_for_every_layout_that_is_searched_too() -> None:
+    def step(*texts: str, config: RunConfig = CONFIG) -> int:
+        return parse_search(["recipe.batch=randint(16,256)", *texts], config)[0].step
+
+    assert step() == 1
+    assert step("scale.workers=randint(1,4)") == 12
+    assert step("scale.workers=choice(2,4)", "layout.micro_batch=choice(auto,3)") == 12
+    ranged = CONFIG.model_copy(update={"scale": ScaleConfig(workers=(2, 8))})
+    assert step(config=ranged) == 2
+    other = CONFIG.model_copy(update={"scale": ScaleConfig(workers=2), "layout": LayoutConfig(global_batch=64)})
+    assert step(config=other) == 1, "the reference batch is not what is laid out"
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40))
