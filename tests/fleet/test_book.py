@@ -102,6 +102,18 @@ def test_runs_are_moved_between_queues_and_queues_are_given_quotas() -> None:
         book.quota("team", -1)
 
 
+def test_where_people_moved_a_run_it_stays_when_its_driver_comes_back_until_that_says_something_new() -> None:
+    moved = with_run("a", priority=1).move("a", priority=5).move("a", queue="team")
+    read = Book.from_dict(json.loads(json.dumps(moved.to_dict())), 10.0)
+    again = read.register(facts("a", priority=1), 20.0)
+    assert (again.entries["a"].facts.queue, again.entries["a"].facts.priority) == ("team", 5)
+    again = again.register(facts("a", priority=2), 30.0)
+    assert (again.entries["a"].facts.queue, again.entries["a"].facts.priority) == ("default", 2)
+    old = moved.to_dict()
+    del old["entries"][0]["said"]  # written before it was there
+    assert Book.from_dict(old, 0.0).entries["a"].facts.priority == 5
+
+
 def test_quotas_that_are_given_elsewhere_hold_until_people_set_others() -> None:
     given = {"a": 4, "b": 2}
     book = Book().given_quotas({}, given)
