@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs import vision
 from orchestrator.config import apply_overrides
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, RequestError
 from orchestrator.fleet.book import Book, Report
 from orchestrator.fleet.fair import FairPolicy
 from orchestrator.fleet.view import Allocation, JobView, Nodes
@@ -161,6 +163,31 @@ def test_a_run_starts_on_no_node_that_it_avoids_whatever_it_is_offered(
     assert wait_for_devices(member, lambda _: None, iter([True] * 4 + [False]).__next__) is None
     monkeypatch.setattr(TwoNodes, "deaf", False)
     assert set(offered(member).devices_per_node).isdisjoint(first.devices_per_node)
+
+
+def test_each_time_that_its_name_is_taken_a_run_asks_again_for_a_while(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = offered(member)
+    refused, free = Seat(None, refused="another run called a is there"), Seat(told, ready=True)
+    answers = [free]
+    monkeypatch.setattr(TwoNodes, "ask", lambda *_: answers[-1])
+    clock = [0.0]
+    monkeypatch.setattr("orchestrator.launching.membership.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def hears(seat: Seat, now_s: float) -> Allocation | None:
+        answers.append(seat)
+        ends_at = time.monotonic() + 10.0
+        while member._seat is not seat and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        clock[0] = now_s
+        return member.offer()
+
+    assert hears(refused, 1.0) is None
+    assert hears(free, 2.0) == told
+    assert hears(refused, 5000.0) is None
+    with pytest.raises(RequestError, match="another run called a is there"):
+        hears(refused, 5021.0)
 
 
 @pytest.fixture
