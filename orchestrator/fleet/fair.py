@@ -47,12 +47,21 @@ class FairPolicy:
             shares.left_of_queue[:] = fleet.devices
             shares.fill(order)
         wishes = [_wish(fleet, rated, int(stays[job]), job, row) for job, row in sorted(shares.picked.items())]
-        return answer(fleet, rated, place(fleet, wishes), {}, {})
+        waiting = {job: _why_waiting(job in shares.picked) for job in order if rated.of(job)}
+        return answer(fleet, rated, place(fleet, wishes), {}, waiting)
 
     def _turn(self, fleet: Fleet, job: int) -> tuple[float, float, int]:
         view, here = fleet.jobs[job], fleet.current[job]
         head_start = 0.0 if here is None else self.term_s * here.devices
         return -view.priority, view.attained_device_s - head_start, job
+
+
+def _why_waiting(picked: bool) -> str:
+    return (
+        "what is free is in pieces too small for it"
+        if picked
+        else "others with more priority, or less so far, are first"
+    )
 
 
 @dataclass

@@ -65,7 +65,8 @@ class FifoPolicy:
         for job in borrowers if len(limit) and not blocked else []:
             if _asked(rated, job) and _start(board, rated, job, _asked(rated, job)) is None:
                 break
-        return answer(fleet, rated, board.settled, {}, {})
+        first = {job: "runs that came before it, or have more priority, are first" for job in waiting if rated.of(job)}
+        return answer(fleet, rated, board.settled, {}, first)
 
 
 def _asked(rated: Options, job: int) -> list[int]:

@@ -258,6 +258,19 @@ def test_runs_that_avoid_one_node_take_turns_on_the_others(name: str) -> None:
     assert min(has.values()) > 0.2 * sum(has.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fifo", "runs that came before it, or have more priority, are first"),
+        ("fair", "others with more priority, or less so far, are first"),
+        ("goodput", "others are worth more on the devices there are"),
+    ],
+)
+def test_who_waits_is_told_by_which_rule(name: str, why: str) -> None:
+    runs = [running(job("first", workers_range=(8, 8), priority=1), {"gpu-00": 8}), job("last", workers_range=(8, 8))]
+    assert make_policy(name).allocate(runs, nodes(gpu=(1, 8)), NOW_S).waiting == {"last": why}
+
+
 @every_policy
 def test_an_empty_cluster_and_no_runs_are_no_trouble(name: str) -> None:
     policy: Policy = make_policy(name)
