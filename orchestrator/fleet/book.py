@@ -76,6 +76,19 @@ class Entry:
     current: Allocation | None = None
     why: tuple[str, ...] = ()
     """The reasons of what it has, or of why it waits."""
+    said: tuple[str, int] | None = None
+    """Queue and priority as its driver said them, where people have moved it since."""
+
+    def registered(self, facts: Registration) -> Entry:
+        """With what its driver says now; where that is what it said before, it stays where people have moved it."""
+        if self.said != (facts.queue, facts.priority):
+            return replace(self, facts=facts, said=None)
+        return replace(self, facts=replace(facts, queue=self.facts.queue, priority=self.facts.priority))
+
+    def moved(self, queue: str, priority: int) -> Entry:
+        """In another queue, or of another priority."""
+        said = self.said or (self.facts.queue, self.facts.priority)
+        return replace(self, facts=replace(self.facts, queue=queue, priority=priority), said=said)
 
     def counted(self, now_s: float) -> Entry:
         """With what it has had until now."""
@@ -153,9 +166,10 @@ class Book:
         if known is None:
             entry = Entry(facts, submitted_s=now_s, heard_s=now_s, counted_s=now_s, since_s=now_s)
         else:
-            entry = replace(known, facts=facts, heard_s=now_s, report=replace(known.report, avoid=frozenset()))
+            report = replace(known.report, avoid=frozenset())
+            entry = replace(known.registered(facts), heard_s=now_s, report=report)
         entry.view(now_s)  # what no policy could read is refused here
-        changed = self.changed or known is None or known.facts != facts or bool(known.report.avoid)
+        changed = self.changed or known is None or known.facts != entry.facts or bool(known.report.avoid)
         return replace(self._with(entry), changed=changed)
 
     def report(self, name: str, report: Report, now_s: float) -> Book:
@@ -204,9 +218,9 @@ class Book:
         """Put a run into another queue, or give it another priority."""
         entry = self._known(name)
         facts = entry.facts
-        queue = facts.queue if queue is None else queue
-        priority = facts.priority if priority is None else priority
-        return self._asked(replace(entry, facts=replace(facts, queue=queue, priority=priority)))
+        return self._asked(
+            entry.moved(facts.queue if queue is None else queue, facts.priority if priority is None else priority)
+        )
 
     def quota(self, queue: str, devices: int | None) -> Book:
         """Make a queue sure of so many devices; None takes its quota away.
@@ -351,6 +365,7 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     plain = replace(entry, report=replace(report, step_time=None))
     saved = {name: getattr(plain, name) for name in ("submitted_s", "counted_s", "since_s", "attained_device_s")}
     saved |= {"restarts": entry.restarts, "paused": entry.paused, "why": list(entry.why)}
+    saved["said"] = None if entry.said is None else list(entry.said)
     return saved | {
         "facts": asdict(entry.facts),
         "report": {**asdict(plain.report), "step_time": models, "avoid": sorted(report.avoid)},
@@ -372,12 +387,14 @@ def _entry_from_dict(saved: Mapping[str, Any], now_s: float) -> Entry:
             Layout(**current["layout"]),
             tuple(current["reasons"]),
         )
-    own = {key: value for key, value in saved.items() if key not in ("facts", "report", "current", "why")}
+    own = {key: value for key, value in saved.items() if key not in ("facts", "report", "current", "why", "said")}
+    said = saved.get("said")
     return Entry(
         facts=Registration(**facts),
         report=Report(**report),
         current=current,
         why=tuple(saved["why"]),
+        said=None if said is None else (said[0], said[1]),
         heard_s=now_s,
         **own,
     )

@@ -202,6 +202,8 @@ class Member:
             self._refused_at = self._refused_at or time.monotonic()
             if time.monotonic() - self._refused_at > REFUSED_S:
                 raise RequestError(seat.refused)
+        else:
+            self._refused_at = None
         if seat.told is None or not self._avoid.isdisjoint(seat.told.devices_per_node):
             return None  # or an answer to what was asked before
         return seat.told if seat.ready else None
