@@ -21,7 +21,7 @@ from orchestrator.planning.choice import (
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.layout import Layout
-from orchestrator.planning.memory import MemoryUse
+from orchestrator.planning.memory import ALLOWANCES, MemoryUse
 from orchestrator.planning.probe import Probe
 from orchestrator.planning.roofline import StepParts
 
@@ -40,6 +40,7 @@ class Alternative:
     memory_bytes: int
     step_time_s: float
     fits: bool
+    tight: bool
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Costing:
     flops_per_sample: float
     alternatives: tuple[Alternative, ...]
     changes: tuple[str, ...]
-    """Where it does not fit: single changes with which it would, the mildest first."""
+    """Single changes with which it would fit, or where it is tight with which it would have room, the mildest first."""
     confidence: str
+    tight: bool = False
+    """Whether it fits only if less is lost to fragmentation and libraries than is allowed for."""
     timed: bool = False
     """Whether times rest on steps of this model on these devices."""
     run_time_s: float | None = None
@@ -138,14 +141,16 @@ def cost(setting: Setting, layout: Layout, *, zero_stage: int, length: float | N
         raise ConfigError(profile.not_checkpointed)
     space = space_of(config, profile, layout.worker_batch, setting.workers, on_accelerator=setting.device == "cuda")
     best = choose(setting, space)
-    changes = () if best.fits else tuple(smallest_changes(setting, space, layout.worker_batch))
+    changes: tuple[str, ...] = ()
+    if not best.has_room:
+        changes = tuple(smallest_changes(setting, space, layout.worker_batch, roomy=best.fits))
     if refuse and not best.fits:
         raise ConfigError(_does_not_fit(best, setting, changes))
     return Costed(
         choice=best,
         costing=_costing(best, layout, length, setting, space, changes),
         why_stage="" if best.zero_stage == zero_stage else _why_stage(best, setting),
-        reasons=tuple(_why_memory(best, layout, setting, space)),
+        reasons=(*_why_memory(best, layout, setting, space), *_why_tight(best, setting, changes)),
     )
 
 
@@ -170,6 +175,7 @@ def _costing(
         alternatives=tuple(_alternative(choice) for choice in best_of_each_stage(setting, space)),
         changes=changes,
         confidence=_confidence(setting),
+        tight=best.fits and not best.has_room,
         timed=setting.correction is not None,
         run_time_s=run_time_s,
         cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
@@ -186,6 +192,7 @@ def _alternative(choice: Choice) -> Alternative:
         memory_bytes=choice.memory.total,
         step_time_s=choice.step_time_s,
         fits=choice.fits,
+        tight=choice.fits and not choice.has_room,
     )
 
 
@@ -221,12 +228,24 @@ def _why_memory(best: Choice, layout: Layout, setting: Setting, space: Space) ->
     return reasons
 
 
+def _why_tight(best: Choice, setting: Setting, changes: tuple[str, ...]) -> list[str]:
+    """The warning where it fits without the allowances alone."""
+    if not best.fits or best.has_room:
+        return []
+    remedy = f": there is room with {', or '.join(changes)}" if changes else ""
+    warning = (
+        f"memory is tight: {_gib(best.memory.needed)} are needed, and {_gib(best.memory.allowed)} allowed for "
+        f"fragmentation and libraries do not fit beside them in {_gib(setting.capacity_bytes)}{remedy}"
+    )
+    return [warning]
+
+
 def _does_not_fit(best: Choice, setting: Setting, changes: tuple[str, ...]) -> str:
-    parts = {name: value for name, value in vars(best.memory).items() if name != "host"}
+    parts = {name: value for name, value in vars(best.memory).items() if name not in ("host", *ALLOWANCES)}
     largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
     remedy = "it would fit with " + ", or ".join(changes) if changes else "no change of layout or workers would fit it"
     return (
-        f"the run does not fit: {best} needs {_gib(best.memory.total)} on each of {setting.workers} "
+        f"the run does not fit: {best} needs {_gib(best.memory.needed)} on each of {setting.workers} "
         f"{setting.accelerator.name}, which hold {_gib(setting.capacity_bytes)} "
         f"({', '.join(f'{name} {_gib(parts[name])}' for name in largest)}): {remedy}"
     )

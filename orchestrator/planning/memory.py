@@ -21,7 +21,13 @@
 5. **Fragmentation**: ``FRAGMENTATION`` of 4. Assumption, from one published run (8 B parameters, 8 ranks, compiled:
    12 % above what was predicted without temporaries; here these are traced, so half of it).
 6. **Measured**: what a probe found beside the lines above, which may be less than nothing (``probe.py``).
-7. **Context**: CUDA, NCCL and cuBLAS, 1.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
+7. **Context**: CUDA's own, 0.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
+8. **Libraries**: buffers of NCCL's channels, workspaces and code of cuBLAS, up to 1 GiB. Assumption: their number
+   depends on the machine's links and on what is called.
+
+Fragmentation and libraries are allowances: the allocator may do better, and published runs have. They are in
+``MemoryUse.total``, and not in ``MemoryUse.needed``: a run whose total is above the device's memory is tight, and one
+whose needed part is does not fit.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.probe import Correction
 
-__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "MemoryUse", "States", "memory_use", "model_state_bytes"]
+__all__ = ["ALLOWANCES", "BUCKET_ELEMENTS", "LIVE_ELEMENTS", "MemoryUse", "States", "memory_use", "model_state_bytes"]
 
 Offload = Literal["none", "optimizer", "all"]
 
@@ -46,7 +52,10 @@ LIVE_ELEMENTS = 300_000_000
 """Parameters that stage 3 keeps whole at a time beyond the layer in use; DeepSpeed's default is 1e9."""
 FLATTENED_ELEMENTS = 500_000_000
 FRAGMENTATION = 0.06
-CONTEXT_BYTES = {"cuda": int(1.5 * 2**30), "cpu": int(0.75 * 2**30)}
+CONTEXT_BYTES = {"cuda": int(0.5 * 2**30), "cpu": int(0.75 * 2**30)}
+LIBRARY_BYTES = {"cuda": 2**30, "cpu": 0}
+ALLOWANCES = ("fragmentation", "libraries")
+"""Parts that are allowed for and may turn out smaller."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ class MemoryUse:
     temporaries: int
     fragmentation: int
     context: int
+    libraries: int = 0
     measured: int = 0
     """Found by a probe beside the rest; negative where the rest is too much."""
     host: int = 0
@@ -158,9 +168,19 @@ class MemoryUse:
         """All on the device."""
         return sum(value for name, value in asdict(self).items() if name != "host")
 
+    @property
+    def allowed(self) -> int:
+        """What is allowed for and may turn out smaller."""
+        return sum(getattr(self, name) for name in ALLOWANCES)
+
+    @property
+    def needed(self) -> int:
+        """What no luck with the allocator makes smaller."""
+        return self.total - self.allowed
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: ``total`` and ``breakdown``."""
-        return {"total": self.total, "breakdown": asdict(self)}
+        """JSON-ready: ``total``, what of it is ``needed``, and ``breakdown``."""
+        return {"total": self.total, "needed": self.needed, "breakdown": asdict(self)}
 
 
 def memory_use(
@@ -226,6 +246,7 @@ def fixed_use(
         "gathered": _gathered(profile, element) if zero_stage == 3 else 0,
         "buckets": _buckets(profile, zero_stage, element, overlapped=device == "cuda", flattened=fp32_sums),
         "context": CONTEXT_BYTES[device],
+        "libraries": LIBRARY_BYTES[device],
         "host": int(parts.host),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from orchestrator.planning.costing import Costing
+from orchestrator.planning.costing import Alternative, Costing
 from orchestrator.planning.memory import FRAGMENTATION
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.roofline import UNSEEN
@@ -21,8 +21,9 @@ PARTS = {
     "buckets": "communication buckets",
     "activations": "kept for the backward pass",
     "temporaries": "loss, temporaries, recomputed block",
-    "fragmentation": "fragmentation",
-    "context": "context of the device and its libraries",
+    "fragmentation": "allowed for fragmentation",
+    "context": "context of the device",
+    "libraries": "allowed for NCCL and cuBLAS",
     "measured": "found by the probe beside the rest",
 }
 
@@ -65,6 +66,8 @@ def _costs(costing: Costing, *, timed: bool) -> list[tuple[str, str]]:
     if not costing.fits:
         changes = ", or ".join(costing.changes)
         rows.append(("fits", f"NO; it would with {changes}" if changes else "NO, and no change of layout would help"))
+    elif costing.tight:
+        rows.append(("fits", "tight: it may run out of memory, as said below"))
     return rows
 
 
@@ -93,10 +96,17 @@ def alternative_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
                 ", ".join(extras) or "-",
                 human.size(other.memory_bytes),
                 human.duration(other.step_time_s),
-                ("chosen" if other.zero_stage == plan.zero_stage else "yes") if other.fits else "no",
+                _verdict(other, chosen=other.zero_stage == plan.zero_stage),
             )
         )
     return rows
+
+
+def _verdict(other: Alternative, *, chosen: bool) -> str:
+    if not other.fits:
+        return "no"
+    words = ["chosen"] if chosen else []
+    return ", ".join([*words, "tight"] if other.tight else words) or "yes"
 
 
 def explain_lines(plan: Plan) -> list[str]:
@@ -114,7 +124,8 @@ def explain_lines(plan: Plan) -> list[str]:
         "activations": f"linear in the micro batch of {layout.micro_batch}: kept {human.size(memory.activations)}, "
         f"peak {human.size(peak)}",
         "fragmentation": f"{FRAGMENTATION:g} x peak = {human.size(memory.fragmentation)}",
-        "fits": f"{human.size(memory.total)} {'<=' if costing.fits else '>'} {human.size(costing.device_memory_bytes)}",
+        "fits": f"{human.size(memory.needed)} needed {'<=' if costing.fits else '>'} "
+        f"{human.size(costing.device_memory_bytes)}; with all that is allowed for {human.size(memory.total)}",
         "compute": f"{layout.accumulation} x sum over kernels of max(FLOPs / reached rate, bytes / bandwidth, launch)"
         f" = {human.duration(step.compute)}",
         "communication": f"what is not hidden, and what hiding costs = {human.duration(step.exposed_communication)}",

@@ -19,6 +19,7 @@ from orchestrator.planning.choice import (
 )
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import make_plan
+from orchestrator.telemetry.planned import alternative_rows, plan_lines
 from settings import ADAM, GIB, PROFILE, chosen, setting
 
 
@@ -71,11 +72,13 @@ def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, 
     space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
     best = choose(made, space)
     assert best.micro_batch * best.accumulation == share
-    assert best.fits == (best.memory.total <= made.capacity_bytes + 16)
+    assert best.fits == (best.memory.needed <= made.capacity_bytes + 16)
+    assert best.has_room == (best.memory.total <= made.capacity_bytes + 16)
     others = [c for c in best_of_each_stage(made, space) if c.fits and c.zero_stage > 0]
     if others:
         assert best.fits
-    if made.device == "cuda" and best.fits:
+    others = [c for c in others if c.has_room]
+    if made.device == "cuda" and best.has_room:
         stages = {1} if best.accumulation > 1 and best.zero_stage == 1 else {1, 2, 3}
         rivals = [c.step_time_s for c in others if c.offload == best.offload and c.zero_stage in stages]
         assert all(best.step_time_s <= 1.0201 * seconds for seconds in rivals)
@@ -112,6 +115,53 @@ def test_more_workers_are_named_where_they_help() -> None:
     made = setting({"offload": "none"}, workers=2, parameters=20_000_000_000)
     space = space_of(made.config, made.profile, 1, 2, on_accelerator=True)
     assert smallest_changes(made, space, 1)[-1] == "16 workers"
+
+
+def test_what_is_tight_is_warned_of_and_not_refused() -> None:
+    """Fragmentation is an allowance: a run that fits without it is planned, and told how to have room."""
+    layout = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False, "micro_batch": 8}
+    whole = chosen(setting(layout, capacity_bytes=64 * GIB))
+    assert whole.has_room
+    for capacity, fits in ((whole.memory.total - 1, True), (whole.memory.needed - 1, False)):
+        made = setting(layout, capacity_bytes=capacity)
+        best = chosen(made)
+        assert (best.fits, best.has_room) == (fits, False)
+    tight = setting(layout, capacity_bytes=whole.memory.total - 1)
+    space = space_of(tight.config, tight.profile, 8, 8, on_accelerator=True)
+    changes = smallest_changes(tight, space, 8, roomy=True)
+    assert "layout.micro_batch=4" in changes
+    assert chosen(setting({**layout, "micro_batch": 4}, capacity_bytes=tight.capacity_bytes)).has_room
+
+
+def test_text_json_and_warning_agree_on_what_is_tight() -> None:
+    layout = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False, "micro_batch": 8}
+    layout["precision"] = "bf16"
+    config = jobs.toy_config(8, recipe=ADAM, layout=layout)
+    use = chosen(setting(layout, capacity_bytes=64 * GIB)).memory.total
+    shape = ClusterShape(1, 64, 8, "A100", device_memory_bytes=use - 1)
+    plan = make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=PROFILE)
+    said = plan.to_dict()
+    assert (said["fits"], said["tight"]) == (True, True)
+    assert said["memory_bytes"]["needed"] <= said["device_memory_bytes"] < said["memory_bytes"]["total"]
+    warning = next(reason for reason in said["reasons"] if reason.startswith("memory is tight"))
+    assert all(change in warning for change in said["changes"])
+    assert "layout.micro_batch=4" in warning
+    text = "\n".join(plan_lines(plan))
+    assert warning in text
+    assert "fits     tight" in text
+    assert [row[-1] for row in alternative_rows(plan) if row[0] == "3"] == ["chosen, tight"]
+
+
+def test_room_goes_before_speed_and_offload_after_a_tight_fit() -> None:
+    open_batch = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False}
+    whole = setting({**open_batch, "micro_batch": 8}, capacity_bytes=64 * GIB)
+    capacity = chosen(whole).memory.total - 1
+    best = chosen(setting(open_batch, capacity_bytes=capacity))
+    assert best.has_room
+    assert best.micro_batch < 8
+    pinned = {**open_batch, "micro_batch": 8, "offload": "auto"}
+    tight = chosen(setting(pinned, capacity_bytes=capacity))
+    assert (tight.offload, tight.fits, tight.has_room) == ("none", True, False)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_remedy() -> None:
