@@ -272,7 +272,11 @@ def smallest_changes(setting: Setting, space: Space, share: int, *, roomy: bool 
     for field, space_with, attribute in wider:
         best = _suited(setting, space_with, roomy) if space_with != space else None
         if best is not None:
-            said.append(f"{field}={str(getattr(best, attribute)).lower()}")
+            said.append(
+                _layout_change(setting.config, best)
+                if attribute == "micro_batch"
+                else f"{field}={str(getattr(best, attribute)).lower()}"
+            )
     if not said:
         every = wider[0][1]
         for _, each, attribute in wider[1:]:
@@ -290,6 +294,12 @@ def smallest_changes(setting: Setting, space: Space, share: int, *, roomy: bool 
     if (workers := _enough_workers(setting, space, roomy)) is not None:
         said.append(f"{workers} workers")
     return said
+
+
+def _layout_change(config: RunConfig, best: Choice) -> str:
+    """Those of micro batch and accumulation that are pinned, as in ``best``: one alone would contradict the other."""
+    pins = {"micro_batch": config.layout.micro_batch, "accumulation": config.layout.accumulation}
+    return " and ".join(f"layout.{name}={getattr(best, name)}" for name, pin in pins.items() if pin != "auto")
 
 
 def _suited(setting: Setting, space: Space, roomy: bool) -> Choice | None:

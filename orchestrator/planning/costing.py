@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
@@ -67,7 +67,10 @@ class Costing:
     timed: bool = False
     """Whether times rest on steps of this model on these devices."""
     run_time_s: float | None = None
-    """To the end of the run's length, where it has one."""
+    """To the end of the run's length, or of ``recipe.stop.wall_time_s`` where that comes first."""
+    run_time_bound: Literal["exact", "at least", "at most"] = "exact"
+    """A batch above the reference's makes less progress a sample, by how much is not known yet; one below makes more.
+    Time that ends a run ends it at the latest."""
     cost: float | None = None
     """Of the run, where the config has a price and the run a length."""
 
@@ -76,6 +79,11 @@ class Costing:
         data = asdict(self)
         data.pop("memory")
         return {"memory_bytes": self.memory.to_dict(), **data}
+
+    @classmethod
+    def not_costed(cls) -> dict[str, Any]:
+        """The keys of ``to_dict`` where nothing could be costed, all null: scripts find them whatever the plan."""
+        return dict.fromkeys(["memory_bytes", *(field.name for field in fields(cls) if field.name != "memory")])
 
 
 class Costed(NamedTuple):
@@ -98,16 +106,18 @@ def setting_of(
     precision: str,
     profile: Profile,
     probe: Probe | None,
-) -> Setting | None:
-    """Where the run is to go; None where too little is known of it."""
+) -> Setting | str:
+    """Where the run is to go, or why too little is known of it."""
     workers_per_node = math.ceil(workers / nodes)
     host = shape.memory_bytes // workers_per_node if shape.memory_bytes else None
     if device == "cpu":
         accelerator: Accelerator | None = accelerator_named("cpu", config.planning.accelerator)
     else:
         accelerator = recognise(shape.accelerator, config.planning.accelerator)
-    if accelerator is None or not accelerator.flops(precision):  # type: ignore[arg-type]
-        return None
+    if accelerator is None:
+        return f"accelerator {shape.accelerator!r} is not in the table: describe it in the section planning.accelerator"
+    if not accelerator.flops(precision):  # type: ignore[arg-type]
+        return f"{accelerator.name} has no known rate in {precision}: set layout.precision to another type"
     if config.layout.tf32 is True:  # on tensor cores, at half the rate of 16 bit, as every maker's data sheet has it
         accelerator = replace(accelerator, fp32_flops=max(accelerator.fp32_flops, accelerator.bf16_flops / 2))
     if shape.network_gbit_per_s:
@@ -159,7 +169,7 @@ def _costing(
 ) -> Costing:
     batch, seconds = layout.global_batch, best.step_time_s
     peak = setting.accelerator.flops(setting.profile.precision) * setting.workers  # type: ignore[arg-type]
-    run_time_s = None if not length else length / batch * seconds
+    run_time_s, bound = _run_time(setting.config, batch, length, seconds)
     price = setting.config.planning.price_per_hour
     return Costing(
         fits=best.fits,
@@ -178,8 +188,20 @@ def _costing(
         tight=best.fits and not best.has_room,
         timed=setting.correction is not None,
         run_time_s=run_time_s,
+        run_time_bound=bound,
         cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
     )
+
+
+def _run_time(
+    config: RunConfig, batch: int, length: float | None, step_time_s: float
+) -> tuple[float | None, Literal["exact", "at least", "at most"]]:
+    """How long the run takes at this batch, and whether that is a bound."""
+    reference, wall_time_s = config.recipe.batch, config.recipe.stop.wall_time_s
+    run_time_s = None if not length else length / batch * step_time_s
+    if wall_time_s is not None and (run_time_s is None or run_time_s >= wall_time_s):
+        return wall_time_s, "at most"
+    return run_time_s, "exact" if batch == reference else "at least" if batch > reference else "at most"
 
 
 def _alternative(choice: Choice) -> Alternative:
@@ -215,7 +237,11 @@ def _why_stage(best: Choice, setting: Setting) -> str:
 
 
 def _why_memory(best: Choice, layout: Layout, setting: Setting, space: Space) -> list[str]:
-    reasons = [f"memory {_gib(best.memory.total)} of {_gib(setting.capacity_bytes)} on each {setting.accelerator.name}"]
+    untraced = setting.profile.untraced
+    reasons = [f"measured by a step on the CPU, since it cannot be traced: {untraced}"] if untraced else []
+    reasons += [
+        f"memory {_gib(best.memory.total)} of {_gib(setting.capacity_bytes)} on each {setting.accelerator.name}"
+    ]
     if best.accumulation > 1 and len(space.layouts) > 1:
         reasons.append(
             f"micro batch {best.micro_batch} x {best.accumulation}: "

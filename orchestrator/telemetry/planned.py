@@ -61,8 +61,9 @@ def _costs(costing: Costing, *, timed: bool) -> list[tuple[str, str]]:
         step = f"{human.duration(costing.step_time_s)} a step, {rate}, MFU {costing.mfu:.0%} ({costing.confidence})"
         rows.append(("speed", step))
     if timed and costing.run_time_s is not None:
-        price = "" if costing.cost is None else f", {human.number(costing.cost)} at the price of the config"
-        rows.append(("run", f"{human.duration(costing.run_time_s)} if the batch stays{price}"))
+        bound = "" if costing.run_time_bound == "exact" else f"{costing.run_time_bound} "
+        price = "" if costing.cost is None else f", {bound}{human.number(costing.cost)} at the price of the config"
+        rows.append(("run", f"{bound}{human.duration(costing.run_time_s)} if the batch stays{price}"))
     if not costing.fits:
         changes = ", or ".join(costing.changes)
         rows.append(("fits", f"NO; it would with {changes}" if changes else "NO, and no change of layout would help"))

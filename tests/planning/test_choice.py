@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gloo_jobs as jobs
+from orchestrator.config import Stop
 from orchestrator.errors import ConfigError
 from orchestrator.planning.choice import (
     best_of_each_stage,
@@ -18,6 +19,7 @@ from orchestrator.planning.choice import (
     space_of,
 )
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costing import Costing
 from orchestrator.planning.plan import make_plan
 from orchestrator.telemetry.planned import alternative_rows, plan_lines
 from settings import ADAM, GIB, PROFILE, chosen, setting
@@ -211,3 +213,45 @@ def test_one_worker_whose_stage_is_pinned_is_told_what_would_fit() -> None:
     space = space_of(made.config, made.profile, 8, 1, on_accelerator=True)
     assert not choose(made, space).fits
     assert smallest_changes(made, space, 8), "offload and another stage together, or more workers"
+
+
+def test_a_pinned_accumulation_is_named_with_the_micro_batch_that_it_contradicts() -> None:
+    """Either alone would contradict the other's pin: their product is a worker's share."""
+    pins = {"accumulation": 1, "zero_stage": 3, "activation_checkpointing": False, "offload": "none"}
+    for both in ({}, {"micro_batch": 16}):
+        made = setting({**pins, **both})
+        space = space_of(made.config, made.profile, 16, made.workers, on_accelerator=True)
+        assert not choose(made, space).fits
+        said = smallest_changes(made, space, 16)[0].split(" and ")
+        changed = {field.removeprefix("layout."): int(value) for field, value in (each.split("=") for each in said)}
+        assert changed.keys() == {"accumulation", *both}
+        assert chosen(setting({**pins, **changed}), 16).fits
+
+
+def test_a_run_time_is_a_bound_where_the_batch_is_not_the_references() -> None:
+    def costing(batch: int, **stop: float) -> Costing:
+        recipe = {**ADAM, "stop": Stop(**stop)}
+        layout = {"zero_stage": 1, "precision": "bf16", "global_batch": batch}
+        plan = make_plan(
+            jobs.toy_config(8, recipe=recipe, layout=layout),
+            ClusterShape(1, 64, 8, "A100"),
+            train_samples=10_000,
+            evaluation_samples=0,
+            profile=PROFILE,
+        )
+        assert plan.costing is not None
+        return plan.costing
+
+    bounds = {batch: costing(batch, samples=1000).run_time_bound for batch in (32, 64, 128)}
+    assert bounds == {32: "at most", 64: "exact", 128: "at least"}
+    short = costing(128, samples=1000, wall_time_s=0.5)
+    assert (short.run_time_s, short.run_time_bound) == (0.5, "at most")
+    assert costing(64, wall_time_s=60).run_time_s == 60
+
+
+def test_what_could_not_be_traced_is_among_the_reasons() -> None:
+    config = jobs.toy_config(1, recipe=ADAM, layout={})
+    profile = replace(PROFILE, precision="fp32", untraced="RuntimeError: it asks for a number")
+    shape = ClusterShape(1, 8, memory_bytes=999 * GIB)
+    plan = make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=profile)
+    assert any("RuntimeError: it asks for a number" in reason for reason in plan.reasons)
