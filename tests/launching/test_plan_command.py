@@ -114,3 +114,42 @@ def test_an_unknown_accelerator(refuse: Say) -> None:
 
 def test_more_nodes_than_workers(refuse: Say) -> None:
     assert "there are only 2 workers" in refuse(*GPT, "--workers", "2", "--nodes", "3", "--accelerator", "t4")
+
+
+def test_where_nothing_is_costed_the_keys_are_there_and_the_reason_is_given(say: Say) -> None:
+    own = [f"planning.accelerator.{each}" for each in ("name=mine", "memory_gib=32", "fp32_tflops=10")]
+    own += ["planning.accelerator.memory_gb_per_s=500", "layout.precision=bf16"]
+    words = [word for each in own for word in ("--set", each)]
+    made = as_json(say, "--workers", "4", "--accelerator", "mine", *words)
+    assert made.keys() >= KEYS | {"tight", "changes", "run_time_s", "cost"}
+    unknown = {"fits", "memory_bytes", "device_memory_bytes", "step_time_s", "samples_per_s", "mfu", "alternatives"}
+    assert {key for key in KEYS if made[key] is None} == unknown
+    assert any("mine has no known rate in bf16" in reason for reason in made["reasons"])
+
+
+def test_an_accelerator_of_ones_own_from_the_command_line(say: Say, refuse: Say) -> None:
+    own = ["name=mine", "memory_gib=32", "fp32_tflops=10", "bf16_tflops=100", "memory_gb_per_s=500"]
+    words = [word for each in own for word in ("--set", f"planning.accelerator.{each}")]
+    made = as_json(say, "--workers", "4", "--accelerator", "mine", *words)
+    assert made["fits"]
+    assert (made["accelerator"], made["device_memory_bytes"]) == ("mine", 32 * 2**30)
+    assert "planning.accelerator.fp32_tflops: is required; add it" in refuse(*GPT, *words[:4])
+    said = refuse(*GPT, "--set", "planning.accelerator={}")
+    assert "'planning.accelerator' is a section: set one of its fields: name, memory_gib" in said
+
+
+def test_the_remedy_for_a_pinned_accumulation_is_no_contradiction(say: Say) -> None:
+    pins = ["accumulation=1", "global_batch=128", "zero_stage=3", "offload=none", "activation_checkpointing=false"]
+    words = ["--workers", "2", "--accelerator", "t4"]
+    for pin in pins:
+        words += ["--set", f"layout.{pin}"]
+    whole = as_json(say, *words)["memory_bytes"]
+    share = (whole["needed"] - whole["breakdown"]["activations"] // 2) / (15 * 2**30)
+    words += ["--set", f"planning.memory_share={share}"]
+    made = as_json(say, *words)
+    assert not made["fits"]
+    said = made["changes"][0]
+    assert said.startswith("layout.accumulation=")
+    for change in said.split(" and "):
+        words += ["--set", change]
+    assert as_json(say, *words)["fits"]
