@@ -302,7 +302,10 @@ class _Attention(torch.autograd.Function):
         scores: int,
     ) -> Tensor:
         ctx.recorder = recorder
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        # Torch's fused kernels lay the output out like the queries: where those were transposed by the model, what it
+        # transposes back is a view of the output, not a copy kept beside it.
+        alike = query.shape[-1] == value.shape[-1]
+        output = torch.empty_like(query) if alike else query.new_empty((*query.shape[:-1], value.shape[-1]))
         logarithms = query.new_empty(query.shape[:-1], dtype=torch.float32)
         extra = [] if mask is None else [mask]
         if scores:
