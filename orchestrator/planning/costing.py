@@ -19,11 +19,11 @@ from orchestrator.planning.choice import (
     space_of,
 )
 from orchestrator.planning.cluster import ClusterShape
-from orchestrator.planning.costs import Profile
+from orchestrator.planning.costs import Linear, Profile
 from orchestrator.planning.layout import Layout
-from orchestrator.planning.memory import ALLOWANCES, MemoryUse
+from orchestrator.planning.memory import ALLOWANCES, MemoryUse, StateTerm, optimizer_bytes, state_terms, sums_in_fp32
 from orchestrator.planning.probe import Probe
-from orchestrator.planning.roofline import StepParts
+from orchestrator.planning.roofline import StepParts, StepTerms, step_terms
 
 __all__ = ["Alternative", "Costed", "Costing", "cost", "setting_of"]
 
@@ -44,6 +44,23 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What the numbers of a costing are made of, for ``--explain``."""
+
+    states: dict[str, StateTerm]
+    frozen_and_buffer_bytes: float
+    element_bytes: int
+    largest_layer: int
+    small_parameters: int
+    kept_bytes: Linear
+    """Base and per sample, as traced; the batch itself is in it."""
+    peak_bytes: Linear
+    factor: float
+    """On both, from a probe; 1 without one."""
+    step: StepTerms
+
+
+@dataclass(frozen=True)
 class Costing:
     """What the plan expects of memory, time and money, as far as it is known before the run."""
 
@@ -58,6 +75,7 @@ class Costing:
     """Model FLOPs, each counted once, as a share of the peak (Chowdhery et al. 2022, arXiv:2204.02311)."""
     parameters: int
     flops_per_sample: float
+    terms: Terms
     alternatives: tuple[Alternative, ...]
     changes: tuple[str, ...]
     """Single changes with which it would fit, or where it is tight with which it would have room, the mildest first."""
@@ -182,6 +200,7 @@ def _costing(
         mfu=setting.profile.flops_per_sample * batch / seconds / peak,
         parameters=setting.profile.parameters,
         flops_per_sample=setting.profile.flops_per_sample,
+        terms=_terms(best, setting),
         alternatives=tuple(_alternative(choice) for choice in best_of_each_stage(setting, space)),
         changes=changes,
         confidence=_confidence(setting),
@@ -190,6 +209,40 @@ def _costing(
         run_time_s=run_time_s,
         run_time_bound=bound,
         cost=None if price is None or run_time_s is None else price * setting.workers * run_time_s / 3600,
+    )
+
+
+def _terms(best: Choice, setting: Setting) -> Terms:
+    profile, work = setting.profile, setting.profile.of(best.activation_checkpointing)
+    stage, element = best.zero_stage, 4 if profile.precision == "fp32" else 2
+    frozen = profile.frozen_parameters * element / (setting.workers if stage == 3 else 1)
+    return Terms(
+        states=state_terms(
+            stage,
+            setting.workers,
+            precision=profile.precision,
+            optimizer_bytes=optimizer_bytes(setting.config),
+            fp32_sums=sums_in_fp32(profile, stage),
+        ),
+        frozen_and_buffer_bytes=frozen + profile.buffer_bytes,
+        element_bytes=element,
+        largest_layer=profile.largest_layer,
+        small_parameters=profile.small_parameters,
+        kept_bytes=work.kept_bytes._replace(per_sample=work.kept_bytes.per_sample + profile.sample_bytes),
+        peak_bytes=work.peak_bytes,
+        factor=1.0 if setting.correction is None else setting.correction.factor,
+        step=step_terms(
+            profile,
+            setting.accelerator,
+            zero_stage=stage,
+            workers=setting.workers,
+            nodes=setting.nodes,
+            offload=best.offload,
+            checkpointing=best.activation_checkpointing,
+            micro_batch=best.micro_batch,
+            accumulation=best.accumulation,
+            optimizer_bytes=optimizer_bytes(setting.config),
+        ),
     )
 
 

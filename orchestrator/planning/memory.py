@@ -74,6 +74,30 @@ class States:
         return self.parameters + self.gradients + self.masters + self.optimizer
 
 
+@dataclass(frozen=True)
+class StateTerm:
+    """One state's formula: bytes per parameter, and over how many workers they are shared."""
+
+    per_parameter: float
+    shared_by: int
+
+
+def state_terms(
+    zero_stage: int, workers: int, *, precision: str, optimizer_bytes: int, fp32_sums: bool
+) -> dict[str, StateTerm]:
+    """The formulas above by state, in the order of ``States``, before anything is offloaded."""
+    b = 4 if precision == "fp32" else 2
+    summed = fp32_sums and b == 2
+    gradient = {0: b, 1: b + (4 if summed else 0), 2: 4 if summed else b, 3: b}[zero_stage]
+    shared = 1 if zero_stage == 0 else workers
+    return {
+        "parameters": StateTerm(b, workers if zero_stage == 3 else 1),
+        "gradients": StateTerm(gradient, workers if zero_stage >= 2 else 1),
+        "masters": StateTerm(0 if zero_stage == 0 and precision == "fp32" else 4, shared),
+        "optimizer": StateTerm(optimizer_bytes, shared),
+    }
+
+
 def model_state_bytes(
     parameters: float,
     zero_stage: int,
@@ -117,20 +141,11 @@ def states(
     offload: Offload,
 ) -> States:
     """The parts of ``model_state_bytes``."""
-    b = 4 if precision == "fp32" else 2
-    c = 4 if fp32_sums else b
-    shared = 1.0 if zero_stage == 0 else 1.0 / workers
-    per_parameter = {
-        0: (b, b),
-        1: (b, b + (4 if c > b else 0)),
-        2: (b, c / workers),
-        3: (b / workers, b / workers),
-    }[zero_stage]
-    masters = 0.0 if zero_stage == 0 and precision == "fp32" else 4.0 * shared
-    whole = States(*(parameters * each for each in (*per_parameter, masters, optimizer_bytes * shared)))
+    terms = state_terms(zero_stage, workers, precision=precision, optimizer_bytes=optimizer_bytes, fp32_sums=fp32_sums)
+    whole = States(*(parameters * term.per_parameter / term.shared_by for term in terms.values()))
     if offload == "none":
         return whole
-    host = whole.masters + whole.optimizer + 4.0 * parameters * shared
+    host = whole.masters + whole.optimizer + 4.0 * parameters / (1 if zero_stage == 0 else workers)
     if offload == "optimizer":
         return States(whole.parameters, whole.gradients, 0.0, 0.0, host)
     return States(0.0, 0.0, 0.0, 0.0, host + whole.parameters + whole.gradients)
@@ -226,7 +241,7 @@ def fixed_use(
     device: Literal["cpu", "cuda"],
 ) -> dict[str, int]:
     """What does not depend on the micro batch, by name."""
-    fp32_sums = profile.precision == "bf16" and zero_stage in (1, 2)
+    fp32_sums = sums_in_fp32(profile, zero_stage)
     parts = states(
         profile.parameters,
         zero_stage,
@@ -249,6 +264,11 @@ def fixed_use(
         "libraries": LIBRARY_BYTES[device],
         "host": int(parts.host),
     }
+
+
+def sums_in_fp32(profile: Profile, zero_stage: int) -> bool:
+    """Whether gradients are summed in fp32 although they are computed in 16 bit."""
+    return profile.precision == "bf16" and zero_stage in (1, 2)
 
 
 def _gathered(profile: Profile, element: int) -> int:

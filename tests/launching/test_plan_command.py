@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orchestrator.telemetry import human
 
 KEYS = {
     *("fits", "zero_stage", "offload", "activation_checkpointing", "precision", "micro_batch", "accumulation"),
@@ -60,7 +63,9 @@ def test_pins_are_kept_and_what_cannot_fit_is_said(say: Say) -> None:
     assert (made["zero_stage"], made["activation_checkpointing"], made["offload"]) == (3, True, "none")
     assert made["precision"] == "fp16"
     small = as_json(say, "--workers", "4", "--accelerator", "t4", "--set", "planning.memory_share=0.1")
-    assert not small["fits"]
+    assert (small["fits"], small["tight"]) == (True, True)
+    small = as_json(say, "--workers", "4", "--accelerator", "t4", "--set", "planning.memory_share=0.03")
+    assert (small["fits"], small["tight"]) == (False, False)
 
 
 def test_a_shorter_sequence_is_a_remedy(say: Say) -> None:
@@ -70,7 +75,7 @@ def test_a_shorter_sequence_is_a_remedy(say: Say) -> None:
     for pin in pins:
         words += ["--set", f"layout.{pin}"]
     whole, half = (as_json(say, *words, "--arg", f"sequence={length}") for length in (8192, 4096))
-    between = (whole["memory_bytes"]["total"] + half["memory_bytes"]["total"]) / 2
+    between = (whole["memory_bytes"]["needed"] + half["memory_bytes"]["needed"]) / 2
     made = as_json(
         say,
         *words,
@@ -92,6 +97,22 @@ def test_the_text_holds_the_breakdown_and_the_stages(say: Say) -> None:
     said = say(*GPT, "--workers", "8", "--accelerator", "a100-40gb", "--explain")
     for words in ("plan for gpt", "memory", "gradients at the end of the backward pass", "chosen", "MFU "):
         assert words in said
+
+
+def test_the_formulas_hold_numbers_that_add_up(say: Say) -> None:
+    words = ("--workers", "16", "--accelerator", "l4", "--set", "layout.zero_stage=3", "--set", "layout.offload=none")
+    lines = say(*GPT, *words, "--explain").splitlines()
+    made = as_json(say, *words)
+    rows = [line.split(None, 1) for line in lines[lines.index(next(x for x in lines if x.startswith("P, N"))) :]]
+    said = [" ".join(row) for row in rows]
+    traffic = made["terms"]["step"]["traffic"]
+    assert {name.split()[0] for name in traffic["bytes_by_operation"]} == {"all-gather", "reduce-scatter"}
+    assert sum(line.startswith("volume") for line in said) == 2
+    volumes = re.findall(r"volume .*? / (.*)/s = ", "\n".join(said))
+    assert set(volumes) == {human.size(traffic["bytes_per_s"])}
+    assert any(line.startswith("matmul") and "121 TFLOP/s" in line for line in said)
+    assert any(line.startswith("masters 4 bytes x P / 16 = 4 x ") for line in said)
+    assert any(line.endswith(f"= {1000 * made['step_time_s']:.4g} ms") for line in said if line.startswith("step"))
 
 
 def test_deepspeeds_own_json(say: Say) -> None:

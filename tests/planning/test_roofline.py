@@ -18,7 +18,7 @@ from orchestrator.planning.accelerators import TABLE, accelerator_named
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.costs import Kernel, Linear, Pass, Profile
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.planning.roofline import StepParts, step_parts
+from orchestrator.planning.roofline import CONTENTION, StepParts, StepTerms, step_parts, step_terms
 
 WORK = Pass(
     kernels=(
@@ -32,6 +32,12 @@ WORK = Pass(
     peak_bytes=Linear(0, 2.2e9),
 )
 PROFILE = Profile(1_300_000_000, 0, 100_000_000, 100_000, 200, 0, 4096, "bf16", WORK, WORK)
+
+
+def terms(name: str = "a100-40gb", *, stage: int = 3, workers: int = 8, nodes: int = 1, **fields: Any) -> StepTerms:
+    chosen = {"offload": "none", "checkpointing": False, "micro_batch": 4, "accumulation": 2, **fields}
+    where = {"zero_stage": stage, "workers": workers, "nodes": nodes, "optimizer_bytes": 8}
+    return step_terms(PROFILE, accelerator_named(name), **where, **chosen)
 
 
 def parts(name: str = "a100-40gb", *, stage: int = 3, workers: int = 8, nodes: int = 1, **fields: Any) -> StepParts:
@@ -76,6 +82,23 @@ def test_nothing_is_sent_by_one_worker_and_more_across_nodes() -> None:
 def test_arrays_are_answered_one_by_one() -> None:
     several = parts(micro_batch=np.array([1, 2, 4]), accumulation=np.array([8, 4, 2]))
     assert several.at(2).total == pytest.approx(parts(micro_batch=4, accumulation=2).total)
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_terms_are_what_the_times_are_made_of(stage: int, workers: int, offload: str) -> None:
+    """`--explain` prints them: adding them up by hand gives the step's parts."""
+    choice = {"stage": stage, "workers": workers, "offload": offload}
+    whole, shown = parts(**choice), terms(**choice)
+    assert 2 * sum(kernel.seconds for kernel in shown.kernels) == pytest.approx(whole.compute)
+    sent = 0.0 if shown.traffic is None else shown.traffic.seconds
+    assert sent - (1 - CONTENTION) * shown.hidden_s == pytest.approx(whole.exposed_communication)
+    assert shown.update_bytes / shown.update_bytes_per_s == pytest.approx(whole.optimizer)
+    assert shown.offload_bytes / shown.offload_bytes_per_s == pytest.approx(whole.offload)
+    if shown.traffic is not None:  # elements of 2 bytes, 7/8 of them, two micro batches
+        volume = sum(shown.traffic.bytes_by_operation.values()) / (2 * PROFILE.parameters * 7 / 8)
+        assert volume == pytest.approx({0: 2, 1: 5, 2: 5, 3: 6}[stage])
 
 
 def test_no_estimate_beats_the_peak() -> None:
