@@ -766,6 +766,8 @@ def _set(data: dict[str, Any], path: list[str], text: str) -> Any:
     """Set the field at ``path`` and return its value."""
     for depth, key in enumerate(path[:-1]):
         node = _at(data, path[:depth])
+        if node.get(key) is None and _is_optional_section(path[: depth + 1]):
+            node[key] = {}
         if not isinstance(node.get(key), dict):
             sections = [name for name, value in node.items() if isinstance(value, dict)]
             where = ".".join(path[: depth + 1])
@@ -776,10 +778,22 @@ def _set(data: dict[str, Any], path: list[str], text: str) -> Any:
     fields = _fields(tuple(path[:-1]))
     if leaf not in fields:
         raise ConfigError(f"unknown field {'.'.join(path)!r}; {did_you_mean(leaf, fields)}")
-    if isinstance(node.get(leaf), dict):
-        raise ConfigError(f"{'.'.join(path)!r} is a section: set one of its fields: {', '.join(node[leaf])}")
+    optional = _is_optional_section(path)
+    if optional and text.lower() in ("none", "null"):
+        node[leaf] = None
+        return None
+    if optional or isinstance(node.get(leaf), dict):
+        names = _fields(tuple(path)) if optional else node[leaf]
+        raise ConfigError(f"{'.'.join(path)!r} is a section: set one of its fields: {', '.join(names)}")
     node[leaf] = _read(text, fields[leaf])
     return node[leaf]
+
+
+def _is_optional_section(path: Sequence[str]) -> bool:
+    """Whether ``path`` is a section that a config may lack, such as an accelerator of one's own."""
+    *parents, leaf = path
+    annotation = _fields(tuple(parents)).get(leaf)
+    return NoneType in get_args(annotation) and bool(_parts(annotation))
 
 
 def _at(data: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def accelerator_named(name: str, own: AcceleratorConfig | None = None) -> Accele
     near = difflib.get_close_matches(_plain(name), table, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"accelerator {name!r} is not known; {hint}valid: {', '.join(sorted(table))}; describe another one in "
-        "the job's config, as PlanningConfig(accelerator=AcceleratorConfig(...))"
+        f"accelerator {name!r} is not known; {hint}valid: {', '.join(sorted(table))}; describe another one by "
+        "--set planning.accelerator.name=..., .memory_gib=... and so on, or in the job's config"
     )
 
 

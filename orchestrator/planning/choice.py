@@ -1,7 +1,9 @@
 """Which ZeRO stage, offload, checkpointing, micro batch and accumulation: all are costed, the best is taken.
 
-1. A combination fits when its memory is within the device's. Of those that fit, nothing is offloaded where that is
-   possible, and parameters only where moving the optimizer is not enough.
+1. A combination fits when what it needs for sure is within the device's memory, and has room when what is allowed for
+   beside it (``memory.py``) is too. Of those that fit, nothing is offloaded where that is possible, and parameters only
+   where moving the optimizer is not enough; then those with room go before tight ones, of which the one with the least
+   memory is taken.
 2. On accelerators the fastest is taken, and of those within ``TIE`` of it the one with the fewest micro batches, then
    without checkpointing, then of the lower stage, then with the least memory. The estimate is not finer than that.
 3. On CPUs a step's time is a guess, so the order decides alone: fewest micro batches, no checkpointing, lowest stage.
@@ -76,7 +78,7 @@ class Setting:
             self.profile, self.config, zero_stage=stage, workers=probe.workers, offload=offload, device=self.device
         )
         # A process is measured with all that is in it, a device by its allocator, which the context is beside.
-        beside = fixed["host"] + (0 if self.device == "cpu" else fixed["context"])
+        beside = fixed["host"] + (0 if self.device == "cpu" else fixed["context"] + fixed["libraries"])
         return Correction.of(
             probe,
             fixed_bytes=sum(fixed.values()) - beside,
@@ -161,6 +163,8 @@ class Choice:
     memory: MemoryUse
     step: StepParts
     fits: bool
+    has_room: bool
+    """Whether it fits with all that is allowed for beside what it needs."""
 
     @property
     def step_time_s(self) -> float:
@@ -213,15 +217,22 @@ def choose(setting: Setting, space: Space) -> Choice:
     found = list(_costed(setting, space))
     assert found, "a space has at least one combination"
     fitting = [choice for choice in found if choice.fits]
-    if not fitting:
-        return min(found, key=lambda choice: choice.memory.total)
+    return _preferred(setting, fitting) if fitting else min(found, key=_total)
+
+
+def _preferred(setting: Setting, fitting: list[Choice]) -> Choice:
     place = min(OFFLOADS.index(choice.offload) for choice in fitting)
     near = [choice for choice in fitting if OFFLOADS.index(choice.offload) == place]
+    roomy = near = [choice for choice in near if choice.has_room] or [min(near, key=_total)]
     if setting.device == "cuda":
         fastest = min(choice.step_time_s for choice in near)
         near = [choice for choice in near if choice.step_time_s <= (1 + TIE) * fastest]
     best = min(near, key=_preference)
-    return _in_stage_1(best, fitting) or best
+    return _in_stage_1(best, roomy) or best
+
+
+def _total(choice: Choice) -> int:
+    return choice.memory.total
 
 
 def _in_stage_1(best: Choice, fitting: list[Choice]) -> Choice | None:
@@ -242,8 +253,11 @@ def best_of_each_stage(setting: Setting, space: Space) -> tuple[Choice, ...]:
     return tuple(choose(setting, each) for each in spaces if any(_valid(*pair) for pair in _pairs(each)))
 
 
-def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
-    """Single changes to what the config pins, or to the cluster, with which it would fit, the mildest first."""
+def smallest_changes(setting: Setting, space: Space, share: int, *, roomy: bool = False) -> list[str]:
+    """Single changes to what the config pins, or to the cluster, with which it would fit, the mildest first.
+
+    With ``roomy`` those with which it would have room as well.
+    """
     wider = [
         ("layout.micro_batch", replace(space, layouts=_layouts(share, "auto", "auto")), "micro_batch"),
         ("layout.zero_stage", replace(space, zero_stages=_stages(setting.config, setting.workers)), "zero_stage"),
@@ -256,9 +270,13 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
     ]
     said = []
     for field, space_with, attribute in wider:
-        best = choose(setting, space_with) if space_with != space else None
-        if best is not None and best.fits:
-            said.append(f"{field}={str(getattr(best, attribute)).lower()}")
+        best = _suited(setting, space_with, roomy) if space_with != space else None
+        if best is not None:
+            said.append(
+                _layout_change(setting.config, best)
+                if attribute == "micro_batch"
+                else f"{field}={str(getattr(best, attribute)).lower()}"
+            )
     if not said:
         every = wider[0][1]
         for _, each, attribute in wider[1:]:
@@ -268,34 +286,46 @@ def smallest_changes(setting: Setting, space: Space, share: int) -> list[str]:
                 "offload": "offloads",
             }
             every = replace(every, **{names[attribute]: getattr(each, names[attribute])})
-        best = choose(setting, every)
-        if best.fits:
+        best = _suited(setting, every, roomy)
+        if best is not None:
             said.append(f"all of them open to choice, as in {best}")
-    if (batch := _small_enough_batch(setting, space, share)) is not None:
+    if (batch := _small_enough_batch(setting, space, share, roomy)) is not None:
         said.append(f"layout.global_batch={batch}")
-    if (workers := _enough_workers(setting, space)) is not None:
+    if (workers := _enough_workers(setting, space, roomy)) is not None:
         said.append(f"{workers} workers")
     return said
 
 
-def _enough_workers(setting: Setting, space: Space) -> int | None:
+def _layout_change(config: RunConfig, best: Choice) -> str:
+    """Those of micro batch and accumulation that are pinned, as in ``best``: one alone would contradict the other."""
+    pins = {"micro_batch": config.layout.micro_batch, "accumulation": config.layout.accumulation}
+    return " and ".join(f"layout.{name}={getattr(best, name)}" for name, pin in pins.items() if pin != "auto")
+
+
+def _suited(setting: Setting, space: Space, roomy: bool) -> Choice | None:
+    """The best that fits, or with ``roomy`` the best that has room; None where there is none."""
+    suited = [choice for choice in _costed(setting, space) if (choice.has_room if roomy else choice.fits)]
+    return _preferred(setting, suited) if suited else None
+
+
+def _enough_workers(setting: Setting, space: Space, roomy: bool) -> int | None:
     """The fewest workers, doubling, with which it fits at the same micro batches; None where no number helps."""
     for doublings in range(1, 11):
         workers: int = setting.workers << doublings
         larger = replace(setting, workers=workers, nodes=setting.nodes << doublings)
-        if choose(larger, space).fits:
+        if _suited(larger, space, roomy) is not None:
             return workers
     return None
 
 
-def _small_enough_batch(setting: Setting, space: Space, share: int) -> int | None:
+def _small_enough_batch(setting: Setting, space: Space, share: int, roomy: bool) -> int | None:
     """The largest global batch, halving, with which it fits; only a pinned accumulation makes the batch matter."""
     accumulation = setting.config.layout.accumulation
     if accumulation == "auto" or setting.config.layout.micro_batch != "auto":
         return None
     micro_batch = share // accumulation // 2
     while micro_batch:
-        if choose(setting, replace(space, layouts=((micro_batch, accumulation),))).fits:
+        if _suited(setting, replace(space, layouts=((micro_batch, accumulation),)), roomy) is not None:
             return setting.workers * micro_batch * accumulation
         micro_batch //= 2
     return None
@@ -329,6 +359,7 @@ def _costed(setting: Setting, space: Space) -> Iterator[Choice]:
             _, peak = activation_bytes(setting.profile, checkpointing, micro, correction)
             totals = on_device + (1 + FRAGMENTATION) * peak + (0.0 if correction is None else correction.extra_bytes)
             totals = np.where(setting.ran_out(stage, offload, checkpointing, micro), np.inf, totals)
+            allowed = fixed["libraries"] + FRAGMENTATION * peak
             steps = setting.steps(stage, offload, checkpointing, micro, times)
             for index in _worth_a_look(totals, steps.total, setting.capacity_bytes):
                 size = int(micro[index])
@@ -350,12 +381,13 @@ def _costed(setting: Setting, space: Space) -> Iterator[Choice]:
                         **shape,
                     ),
                     step=steps.at(index),
-                    fits=bool(totals[index] <= setting.capacity_bytes) and has_host,
+                    fits=bool(totals[index] - allowed[index] <= setting.capacity_bytes) and has_host,
+                    has_room=bool(totals[index] <= setting.capacity_bytes) and has_host,
                 )
 
 
 def _worth_a_look(totals: Any, seconds: Any, capacity: int) -> list[int]:
-    """Of all layouts the largest micro batch that fits and the fastest that fit; the smallest where none does."""
+    """Of all layouts the largest micro batch with room and the fastest with room; the smallest where none has."""
     fitting = np.flatnonzero(totals <= capacity)
     if len(fitting) == 0:
         return [int(np.argmin(totals))]

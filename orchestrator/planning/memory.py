@@ -21,7 +21,13 @@
 5. **Fragmentation**: ``FRAGMENTATION`` of 4. Assumption, from one published run (8 B parameters, 8 ranks, compiled:
    12 % above what was predicted without temporaries; here these are traced, so half of it).
 6. **Measured**: what a probe found beside the lines above, which may be less than nothing (``probe.py``).
-7. **Context**: CUDA, NCCL and cuBLAS, 1.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
+7. **Context**: CUDA's own, 0.5 GiB; on a CPU torch, DeepSpeed and Ray in a worker.
+8. **Libraries**: buffers of NCCL's channels, workspaces and code of cuBLAS, up to 1 GiB. Assumption: their number
+   depends on the machine's links and on what is called.
+
+Fragmentation and libraries are allowances: the allocator may do better, and published runs have. They are in
+``MemoryUse.total``, and not in ``MemoryUse.needed``: a run whose total is above the device's memory is tight, and one
+whose needed part is does not fit.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from orchestrator.config import SGD, RunConfig
 from orchestrator.planning.costs import Profile
 from orchestrator.planning.probe import Correction
 
-__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "MemoryUse", "States", "memory_use", "model_state_bytes"]
+__all__ = ["ALLOWANCES", "BUCKET_ELEMENTS", "LIVE_ELEMENTS", "MemoryUse", "States", "memory_use", "model_state_bytes"]
 
 Offload = Literal["none", "optimizer", "all"]
 
@@ -46,7 +52,10 @@ LIVE_ELEMENTS = 300_000_000
 """Parameters that stage 3 keeps whole at a time beyond the layer in use; DeepSpeed's default is 1e9."""
 FLATTENED_ELEMENTS = 500_000_000
 FRAGMENTATION = 0.06
-CONTEXT_BYTES = {"cuda": int(1.5 * 2**30), "cpu": int(0.75 * 2**30)}
+CONTEXT_BYTES = {"cuda": int(0.5 * 2**30), "cpu": int(0.75 * 2**30)}
+LIBRARY_BYTES = {"cuda": 2**30, "cpu": 0}
+ALLOWANCES = ("fragmentation", "libraries")
+"""Parts that are allowed for and may turn out smaller."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,30 @@ class States:
     def device(self) -> float:
         """All that is on the device."""
         return self.parameters + self.gradients + self.masters + self.optimizer
+
+
+@dataclass(frozen=True)
+class StateTerm:
+    """One state's formula: bytes per parameter, and over how many workers they are shared."""
+
+    per_parameter: float
+    shared_by: int
+
+
+def state_terms(
+    zero_stage: int, workers: int, *, precision: str, optimizer_bytes: int, fp32_sums: bool
+) -> dict[str, StateTerm]:
+    """The formulas above by state, in the order of ``States``, before anything is offloaded."""
+    b = 4 if precision == "fp32" else 2
+    summed = fp32_sums and b == 2
+    gradient = {0: b, 1: b + (4 if summed else 0), 2: 4 if summed else b, 3: b}[zero_stage]
+    shared = 1 if zero_stage == 0 else workers
+    return {
+        "parameters": StateTerm(b, workers if zero_stage == 3 else 1),
+        "gradients": StateTerm(gradient, workers if zero_stage >= 2 else 1),
+        "masters": StateTerm(0 if zero_stage == 0 and precision == "fp32" else 4, shared),
+        "optimizer": StateTerm(optimizer_bytes, shared),
+    }
 
 
 def model_state_bytes(
@@ -108,20 +141,11 @@ def states(
     offload: Offload,
 ) -> States:
     """The parts of ``model_state_bytes``."""
-    b = 4 if precision == "fp32" else 2
-    c = 4 if fp32_sums else b
-    shared = 1.0 if zero_stage == 0 else 1.0 / workers
-    per_parameter = {
-        0: (b, b),
-        1: (b, b + (4 if c > b else 0)),
-        2: (b, c / workers),
-        3: (b / workers, b / workers),
-    }[zero_stage]
-    masters = 0.0 if zero_stage == 0 and precision == "fp32" else 4.0 * shared
-    whole = States(*(parameters * each for each in (*per_parameter, masters, optimizer_bytes * shared)))
+    terms = state_terms(zero_stage, workers, precision=precision, optimizer_bytes=optimizer_bytes, fp32_sums=fp32_sums)
+    whole = States(*(parameters * term.per_parameter / term.shared_by for term in terms.values()))
     if offload == "none":
         return whole
-    host = whole.masters + whole.optimizer + 4.0 * parameters * shared
+    host = whole.masters + whole.optimizer + 4.0 * parameters / (1 if zero_stage == 0 else workers)
     if offload == "optimizer":
         return States(whole.parameters, whole.gradients, 0.0, 0.0, host)
     return States(0.0, 0.0, 0.0, 0.0, host + whole.parameters + whole.gradients)
@@ -149,6 +173,7 @@ class MemoryUse:
     temporaries: int
     fragmentation: int
     context: int
+    libraries: int = 0
     measured: int = 0
     """Found by a probe beside the rest; negative where the rest is too much."""
     host: int = 0
@@ -158,9 +183,19 @@ class MemoryUse:
         """All on the device."""
         return sum(value for name, value in asdict(self).items() if name != "host")
 
+    @property
+    def allowed(self) -> int:
+        """What is allowed for and may turn out smaller."""
+        return sum(getattr(self, name) for name in ALLOWANCES)
+
+    @property
+    def needed(self) -> int:
+        """What no luck with the allocator makes smaller."""
+        return self.total - self.allowed
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: ``total`` and ``breakdown``."""
-        return {"total": self.total, "breakdown": asdict(self)}
+        """JSON-ready: ``total``, what of it is ``needed``, and ``breakdown``."""
+        return {"total": self.total, "needed": self.needed, "breakdown": asdict(self)}
 
 
 def memory_use(
@@ -206,7 +241,7 @@ def fixed_use(
     device: Literal["cpu", "cuda"],
 ) -> dict[str, int]:
     """What does not depend on the micro batch, by name."""
-    fp32_sums = profile.precision == "bf16" and zero_stage in (1, 2)
+    fp32_sums = sums_in_fp32(profile, zero_stage)
     parts = states(
         profile.parameters,
         zero_stage,
@@ -226,8 +261,14 @@ def fixed_use(
         "gathered": _gathered(profile, element) if zero_stage == 3 else 0,
         "buckets": _buckets(profile, zero_stage, element, overlapped=device == "cuda", flattened=fp32_sums),
         "context": CONTEXT_BYTES[device],
+        "libraries": LIBRARY_BYTES[device],
         "host": int(parts.host),
     }
+
+
+def sums_in_fp32(profile: Profile, zero_stage: int) -> bool:
+    """Whether gradients are summed in fp32 although they are computed in 16 bit."""
+    return profile.precision == "bf16" and zero_stage in (1, 2)
 
 
 def _gathered(profile: Profile, element: int) -> int:

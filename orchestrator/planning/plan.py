@@ -93,7 +93,7 @@ class Plan:
         data["stop"] = self.stop.model_dump(exclude_none=True)
         layout = data.pop("layout")
         data.pop("costing")
-        costing = {} if self.costing is None else self.costing.to_dict()
+        costing = Costing.not_costed() if self.costing is None else self.costing.to_dict()
         return {"name": data.pop("name"), "global_batch": self.layout.global_batch, **layout, **data, **costing}
 
 
@@ -150,7 +150,7 @@ def make_plan(
         stop=config.recipe.stop,
         reasons=tuple(reasons),
     )
-    setting: Setting | None = None
+    setting: Setting | str | None = None
     if profile is not None:
         setting = setting_of(
             config,
@@ -162,7 +162,9 @@ def make_plan(
             profile=profile,
             probe=probe,
         )
-    if setting is not None:
+    if isinstance(setting, str):
+        plan = replace(plan, reasons=(*plan.reasons, f"memory and time not known: {setting}"))
+    if isinstance(setting, Setting):
         plan = _costed(plan, setting, stage, refuse=refuse)
     elif (
         probe is not None and probe.matches(plan) and "auto" == config.layout.micro_batch == config.layout.accumulation

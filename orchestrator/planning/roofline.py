@@ -27,7 +27,7 @@ a guess at one core.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 from orchestrator.planning.accelerators import Accelerator
 from orchestrator.planning.costs import Kernel, Pass, Profile
 
-__all__ = ["StepParts", "step_parts"]
+__all__ = ["KernelTerm", "StepParts", "StepTerms", "Traffic", "step_parts", "step_terms"]
 
 Array = NDArray[np.float64]
 
@@ -77,6 +77,93 @@ class StepParts:
         return StepParts(*(float(np.atleast_1d(part)[index if np.ndim(part) else 0]) for part in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a worker's link carries in a step."""
+
+    bytes_by_operation: dict[str, Any]
+    bytes_per_s: float
+    """Of the slowest link of the ring, as far as it is reached."""
+    messages: Any
+    message_s: float
+
+    @property
+    def seconds(self) -> Any:
+        """By itself, nothing hidden."""
+        return sum(self.bytes_by_operation.values()) / self.bytes_per_s + self.message_s * self.messages
+
+
+@dataclass(frozen=True)
+class KernelTerm:
+    """All kernels of a kind in one micro batch."""
+
+    kind: str
+    flops: float
+    moved_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """The numbers that ``step_parts`` computes a choice's times from, for ``--explain``; none of them is measured."""
+
+    kernels: tuple[KernelTerm, ...]
+    peak_flops_per_s: float
+    memory_bytes_per_s: float
+    """As far as it is reached."""
+    traffic: Traffic | None
+    """None for one worker."""
+    hidden_s: float
+    update_bytes: float
+    update_bytes_per_s: float
+    offload_bytes: float
+    offload_bytes_per_s: float
+
+
+def step_terms(
+    profile: Profile,
+    accelerator: Accelerator,
+    *,
+    zero_stage: int,
+    workers: int,
+    nodes: int,
+    offload: str,
+    checkpointing: bool,
+    micro_batch: int,
+    accumulation: int,
+    optimizer_bytes: int,
+) -> StepTerms:
+    """The terms of one optimizer step."""
+    micro, times = np.asarray(micro_batch, dtype=float), np.asarray(accumulation, dtype=float)
+    work, peak = profile.of(checkpointing), accelerator.flops(profile.precision)  # type: ignore[arg-type]
+    found = None if workers == 1 else traffic(profile, accelerator, zero_stage, workers, nodes, times)
+    if found is not None:
+        by_operation = {name: float(value) for name, value in found.bytes_by_operation.items()}
+        found = replace(found, bytes_by_operation=by_operation, messages=float(found.messages))
+    compute = times * micro_batch_s(work, accelerator, profile.precision, micro)
+    own = profile.parameters / (1 if zero_stage == 0 else workers)
+    return StepTerms(
+        kernels=_kernel_terms(work, accelerator, peak, micro),
+        peak_flops_per_s=peak,
+        memory_bytes_per_s=accelerator.bandwidth * accelerator.memory_bytes_per_s,
+        traffic=found,
+        hidden_s=0.0 if found is None else float(_hidden(zero_stage, found.seconds, compute)),
+        update_bytes=own * _touched(optimizer_bytes),
+        update_bytes_per_s=_update_rate(accelerator, offload),
+        offload_bytes=0.0 if offload == "none" else own * (4 + 2) * (1 if offload != "all" else 1 + 2 * accumulation),
+        offload_bytes_per_s=accelerator.host_bytes_per_s,
+    )
+
+
+def _kernel_terms(work: Pass, accelerator: Accelerator, peak: float, micro_batch: Array) -> tuple[KernelTerm, ...]:
+    sums: dict[str, NDArray[np.float64]] = {}
+    for kernel in work.kernels:
+        once = (kernel.flops.at(micro_batch), kernel.moved_bytes.at(micro_batch))
+        numbers = kernel.count * np.array([*once, _kernel_s(kernel, accelerator, peak, micro_batch)], dtype=float)
+        sums[kernel.kind] = sums.get(kernel.kind, np.zeros(3)) + numbers
+    return tuple(KernelTerm(kind, *map(float, numbers)) for kind, numbers in sums.items())
+
+
 def step_parts(
     profile: Profile,
     accelerator: Accelerator,
@@ -95,7 +182,7 @@ def step_parts(
     times = np.asarray(accumulation, dtype=float)
     compute = times * micro_batch_s(profile.of(checkpointing), accelerator, profile.precision, micro)
     communication = communication_s(profile, accelerator, zero_stage, workers, nodes, times)
-    hidden = np.minimum(communication, OVERLAP * compute) if zero_stage >= 2 else np.zeros_like(compute)
+    hidden = _hidden(zero_stage, communication, compute)
     shared = 1 if zero_stage == 0 else workers
     update, moved = _update_s(profile, accelerator, shared, offload, optimizer_bytes)
     parts = (
@@ -105,6 +192,10 @@ def step_parts(
         moved * (1.0 if offload != "all" else 1.0 + 2.0 * times),
     )
     return StepParts(*parts, UNSEEN * (parts[0] + parts[1] + parts[2] + parts[3]))
+
+
+def _hidden(zero_stage: int, communication: Any, compute: Any) -> Any:
+    return np.minimum(communication, OVERLAP * compute) if zero_stage >= 2 else np.zeros_like(compute)
 
 
 def micro_batch_s(work: Pass, accelerator: Accelerator, precision: str, micro_batch: Array) -> Array:
@@ -134,22 +225,35 @@ def communication_s(
     """Seconds that a step's collectives take by themselves."""
     if workers == 1:
         return np.zeros_like(accumulation)
+    return np.asarray(traffic(profile, accelerator, zero_stage, workers, nodes, accumulation).seconds)
+
+
+def traffic(
+    profile: Profile, accelerator: Accelerator, zero_stage: int, workers: int, nodes: int, accumulation: Array
+) -> Traffic:
+    """What a step sends, by operation."""
     element = 4.0 if profile.precision == "fp32" else 2.0
     doubled = 2.0 if zero_stage == 1 and profile.precision == "bf16" else 1.0
-    volume = {
-        0: 2.0 + 0 * accumulation,
-        1: 2.0 * doubled + 1.0 + 0 * accumulation,
-        2: 2.0 * accumulation + 1.0,
-        3: 3.0 * accumulation,
+    once = 1.0 + 0 * accumulation
+    volumes = {
+        0: {"all-reduce of gradients": 2.0 * once},
+        1: {"all-reduce of gradients": 2.0 * doubled * once, "all-gather of parameters": once},
+        2: {"all-reduce of gradients": 2.0 * accumulation, "all-gather of parameters": once},
+        3: {"all-gather of parameters": 2.0 * accumulation, "reduce-scatter of gradients": accumulation},
     }[zero_stage]
-    num_bytes = element * profile.parameters * volume * (workers - 1) / workers
+    scale = element * profile.parameters * (workers - 1) / workers
     # A node's rings leave it through different NICs: together they have its whole network.
     network = accelerator.network_bytes_per_s * math.ceil(workers / nodes)
     link = accelerator.link_bytes_per_s if nodes == 1 else min(accelerator.link_bytes_per_s, network)
     per_message = MESSAGE_S["inside" if nodes == 1 else "across"] * np.log2(workers)
     # Stage 3 gathers tensor by tensor, a bucket ahead; the others send whole buckets.
     units = profile.tensors / 8 if zero_stage == 3 else profile.parameters / BUCKET_ELEMENTS_PER_MESSAGE
-    return np.asarray(num_bytes / (LINK * link) + per_message * np.maximum(1.0, units) * volume)
+    return Traffic(
+        bytes_by_operation={name: scale * volume for name, volume in volumes.items()},
+        bytes_per_s=LINK * link,
+        messages=np.maximum(1.0, units) * sum(volumes.values()),
+        message_s=float(per_message),
+    )
 
 
 def _update_s(
@@ -157,8 +261,14 @@ def _update_s(
 ) -> tuple[float, float]:
     """Seconds of the update, and of moving what is offloaded."""
     own = profile.parameters / shared
-    # States and masters are read and written, the gradient read, the parameter written.
-    touched = own * (2 * optimizer_bytes + 8 + 4 + 2)
-    if offload == "none":
-        return touched / (accelerator.bandwidth * accelerator.memory_bytes_per_s), 0.0
-    return touched / HOST_UPDATE, own * (4 + 2) / accelerator.host_bytes_per_s
+    seconds = own * _touched(optimizer_bytes) / _update_rate(accelerator, offload)
+    return seconds, 0.0 if offload == "none" else own * (4 + 2) / accelerator.host_bytes_per_s
+
+
+def _touched(optimizer_bytes: int) -> int:
+    """Bytes per parameter: states and masters are read and written, the gradient read, the parameter written."""
+    return 2 * optimizer_bytes + 8 + 4 + 2
+
+
+def _update_rate(accelerator: Accelerator, offload: str) -> float:
+    return accelerator.bandwidth * accelerator.memory_bytes_per_s if offload == "none" else HOST_UPDATE

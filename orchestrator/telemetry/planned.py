@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
-from orchestrator.planning.costing import Costing
-from orchestrator.planning.memory import FRAGMENTATION
+from orchestrator.planning.costing import Alternative, Costing
+from orchestrator.planning.memory import BUCKET_ELEMENTS, FLATTENED_ELEMENTS, FRAGMENTATION, LIVE_ELEMENTS
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.roofline import UNSEEN
+from orchestrator.planning.roofline import CONTENTION, OVERLAP, UNSEEN
 from orchestrator.telemetry import human
 
 __all__ = ["alternative_rows", "explain_lines", "memory_rows", "plan_lines"]
@@ -21,8 +22,9 @@ PARTS = {
     "buckets": "communication buckets",
     "activations": "kept for the backward pass",
     "temporaries": "loss, temporaries, recomputed block",
-    "fragmentation": "fragmentation",
-    "context": "context of the device and its libraries",
+    "fragmentation": "allowed for fragmentation",
+    "context": "context of the device",
+    "libraries": "allowed for NCCL and cuBLAS",
     "measured": "found by the probe beside the rest",
 }
 
@@ -60,11 +62,14 @@ def _costs(costing: Costing, *, timed: bool) -> list[tuple[str, str]]:
         step = f"{human.duration(costing.step_time_s)} a step, {rate}, MFU {costing.mfu:.0%} ({costing.confidence})"
         rows.append(("speed", step))
     if timed and costing.run_time_s is not None:
-        price = "" if costing.cost is None else f", {human.number(costing.cost)} at the price of the config"
-        rows.append(("run", f"{human.duration(costing.run_time_s)} if the batch stays{price}"))
+        bound = "" if costing.run_time_bound == "exact" else f"{costing.run_time_bound} "
+        price = "" if costing.cost is None else f", {bound}{human.number(costing.cost)} at the price of the config"
+        rows.append(("run", f"{bound}{human.duration(costing.run_time_s)} if the batch stays{price}"))
     if not costing.fits:
         changes = ", or ".join(costing.changes)
         rows.append(("fits", f"NO; it would with {changes}" if changes else "NO, and no change of layout would help"))
+    elif costing.tight:
+        rows.append(("fits", "tight: it may run out of memory, as said below"))
     return rows
 
 
@@ -93,36 +98,177 @@ def alternative_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
                 ", ".join(extras) or "-",
                 human.size(other.memory_bytes),
                 human.duration(other.step_time_s),
-                ("chosen" if other.zero_stage == plan.zero_stage else "yes") if other.fits else "no",
+                _verdict(other, chosen=other.zero_stage == plan.zero_stage),
             )
         )
     return rows
 
 
+def _verdict(other: Alternative, *, chosen: bool) -> str:
+    if not other.fits:
+        return "no"
+    words = ["chosen"] if chosen else []
+    return ", ".join([*words, "tight"] if other.tight else words) or "yes"
+
+
 def explain_lines(plan: Plan) -> list[str]:
-    """Every formula of the costs with its numbers."""
-    costing = plan.costing
-    if costing is None:
+    """Every formula of the costs with its numbers filled in."""
+    if plan.costing is None:
         return ["nothing was costed: the reasons above say why"]
-    memory, step, layout = costing.memory, costing.step, plan.layout
-    states = memory.parameters + memory.gradients + memory.masters + memory.optimizer
-    peak = memory.activations + memory.temporaries
-    rows = {
-        "parameters": f"P = {human.count(costing.parameters)}, N = {layout.workers} workers on {plan.nodes} node(s)",
-        "states": f"stage {plan.zero_stage}: parameters, gradients, masters, optimizer = "
-        f"{states / costing.parameters:.2f} bytes x P = {human.size(states)}",
-        "activations": f"linear in the micro batch of {layout.micro_batch}: kept {human.size(memory.activations)}, "
-        f"peak {human.size(peak)}",
-        "fragmentation": f"{FRAGMENTATION:g} x peak = {human.size(memory.fragmentation)}",
-        "fits": f"{human.size(memory.total)} {'<=' if costing.fits else '>'} {human.size(costing.device_memory_bytes)}",
-        "compute": f"{layout.accumulation} x sum over kernels of max(FLOPs / reached rate, bytes / bandwidth, launch)"
-        f" = {human.duration(step.compute)}",
-        "communication": f"what is not hidden, and what hiding costs = {human.duration(step.exposed_communication)}",
-        "optimizer": f"states read and written once = {human.duration(step.optimizer)}",
-        "offload": f"over PCIe = {human.duration(step.offload)}",
-        "unseen": f"{UNSEEN:.0%} of the four above = {human.duration(step.unseen)}",
-        "step": f"their sum = {human.duration(costing.step_time_s)}; {layout.global_batch} samples in it: "
-        f"{human.number(costing.samples_per_s)} samples/s",
-        "MFU": f"{human.number(costing.flops_per_sample)} FLOPs a sample x samples/s / peak = {costing.mfu:.3f}",
-    }
-    return [f"{name:<13} {text}" for name, text in rows.items()]
+    rows = [*_memory_formulas(plan, plan.costing), *_step_formulas(plan, plan.costing)]
+    return [f"{name:<13} {text}" for name, text in rows]
+
+
+def _memory_formulas(plan: Plan, costing: Costing) -> Iterator[tuple[str, str]]:
+    memory, terms, layout = costing.memory, costing.terms, plan.layout
+    parameters, element = human.count(costing.parameters), terms.element_bytes
+    yield (
+        "P, N, m, a",
+        (
+            f"{parameters} parameters, {layout.workers} workers on {plan.nodes} node(s), micro batch "
+            f"{layout.micro_batch}, accumulation {layout.accumulation}"
+        ),
+    )
+    for name, term in terms.states.items():
+        rest = terms.frozen_and_buffer_bytes if name == "parameters" else 0
+        beside = f" + {human.size(rest)} frozen and buffers" if rest else ""
+        found = getattr(memory, name)
+        formula = f"{term.per_parameter:g} bytes x P / {term.shared_by}"
+        if plan.offload != "none" and term.per_parameter and not found:
+            yield name, f"{formula} with offload {plan.offload}: on the host"
+            continue
+        numbers = f"{term.per_parameter:g} x {parameters} / {term.shared_by}{beside}"
+        yield name, f"{formula} = {numbers} = {human.size(found)}"
+    if memory.gathered:
+        yield (
+            "gathered",
+            (
+                f"{element} bytes x (min(all parameters, {human.count(LIVE_ELEMENTS)} + largest layer "
+                f"{human.count(terms.largest_layer)}) + {human.count(terms.small_parameters)} in small tensors) = "
+                f"{human.size(memory.gathered)}"
+            ),
+        )
+    yield "buckets", f"{_buckets(plan, element)} = {human.size(memory.buckets)}"
+    for name, line, found in (
+        ("activations", terms.kept_bytes, memory.activations),
+        ("peak", terms.peak_bytes, memory.activations + memory.temporaries),
+    ):
+        factor = "" if terms.factor == 1 else f"{terms.factor:.3g} x "
+        least = "" if name == "activations" else ", at least what is kept"
+        yield (
+            name,
+            (
+                f"{factor}({human.size(line.base)} + {layout.micro_batch} x {human.size(line.per_sample)}){least} = "
+                f"{human.size(found)}"
+            ),
+        )
+    yield "fragmentation", f"{FRAGMENTATION:g} x peak = {human.size(memory.fragmentation)}, allowed for"
+    yield (
+        "fits",
+        (
+            f"{human.size(memory.needed)} needed {'<=' if costing.fits else '>'} "
+            f"{human.size(costing.device_memory_bytes)}; with all that is allowed for {human.size(memory.total)}"
+        ),
+    )
+
+
+def _buckets(plan: Plan, element: int) -> str:
+    if plan.zero_stage == 0 or (plan.zero_stage == 1 and plan.precision == "bf16"):
+        return f"{element if plan.zero_stage == 0 else 4} bytes x min(P, {human.count(FLATTENED_ELEMENTS)})"
+    twice = " x 2" if plan.zero_stage == 2 and plan.device == "cuda" else ""
+    return f"{element} bytes x {human.count(BUCKET_ELEMENTS)}{twice}"
+
+
+def _step_formulas(plan: Plan, costing: Costing) -> Iterator[tuple[str, str]]:
+    step, terms, layout = costing.step, costing.terms.step, plan.layout
+    rate = human.size(terms.memory_bytes_per_s)
+    for kernel in terms.kernels:
+        reached = kernel.flops / kernel.seconds if kernel.seconds else 0.0
+        flops = (
+            f"{_flops(kernel.flops)} at {reached / terms.peak_flops_per_s:.1%} of {_flops(terms.peak_flops_per_s)}/s, "
+            if kernel.flops
+            else ""
+        )
+        yield (
+            kernel.kind,
+            (
+                f"{flops}{human.size(kernel.moved_bytes)} at up to {rate}/s: the "
+                f"longest of each kernel's, with launches, is {_seconds(kernel.seconds)} a micro batch"
+            ),
+        )
+    once = sum(kernel.seconds for kernel in terms.kernels)
+    computed = layout.accumulation * once
+    yield "compute", f"{layout.accumulation} x {_seconds(once)} = {_seconds(computed)}"
+    communicated = 0.0
+    if (traffic := terms.traffic) is not None:
+        communicated = traffic.seconds - (1 - CONTENTION) * terms.hidden_s
+        for name, num_bytes in traffic.bytes_by_operation.items():
+            rate = f"{human.size(traffic.bytes_per_s)}/s"
+            seconds = _seconds(num_bytes / traffic.bytes_per_s)
+            yield "volume", f"{name}: {human.size(num_bytes)} / {rate} = {seconds}"
+        yield (
+            "latency",
+            (
+                f"{human.number(traffic.messages)} messages x {_seconds(traffic.message_s)} = "
+                f"{_seconds(traffic.messages * traffic.message_s)}"
+            ),
+        )
+        yield (
+            "overlap",
+            (
+                f"stages 2 and 3 hide at most {OVERLAP:.0%} of compute: {_seconds(terms.hidden_s)} hidden, "
+                f"of which compute pays {CONTENTION:.0%}"
+            ),
+        )
+        yield (
+            "communication",
+            (
+                f"{_seconds(traffic.seconds)} - {1 - CONTENTION:g} x {_seconds(terms.hidden_s)} = "
+                f"{_seconds(communicated)}"
+            ),
+        )
+    updated = terms.update_bytes / terms.update_bytes_per_s
+    yield (
+        "optimizer",
+        (
+            f"{human.size(terms.update_bytes)} read and written / {human.size(terms.update_bytes_per_s)}/s = "
+            f"{_seconds(updated)}"
+        ),
+    )
+    moved = terms.offload_bytes / terms.offload_bytes_per_s
+    if moved:
+        yield (
+            "offload",
+            (
+                f"{human.size(terms.offload_bytes)} / {human.size(terms.offload_bytes_per_s)}/s over PCIe = "
+                f"{_seconds(moved)}"
+            ),
+        )
+    total = computed + communicated + updated + moved
+    yield "unseen", f"{UNSEEN:.0%} of {_seconds(total)} = {_seconds(UNSEEN * total)}"
+    predicted = (1 + UNSEEN) * total
+    measured = f" x {step.total / predicted:.3g}, as the probe measured" if costing.timed else ""
+    yield "step", f"{_seconds(total)} + {_seconds(UNSEEN * total)}{measured} = {_seconds(step.total)}"
+    yield (
+        "speed",
+        (
+            f"{layout.global_batch} samples / {_seconds(costing.step_time_s)} = "
+            f"{human.number(costing.samples_per_s)} samples/s"
+        ),
+    )
+    yield (
+        "MFU",
+        (
+            f"{_flops(costing.flops_per_sample)} a sample x {human.number(costing.samples_per_s)} samples/s / "
+            f"({layout.workers} x {_flops(terms.peak_flops_per_s)}/s) = {costing.mfu:.3f}"
+        ),
+    )
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e12:.4g} TFLOP"
+
+
+def _seconds(value: float) -> str:
+    """Finer than elsewhere: the parts are to be added up by hand."""
+    return f"{1000 * value:.4g} ms" if value < 1 else f"{value:.4g} s"

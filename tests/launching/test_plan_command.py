@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orchestrator.telemetry import human
 
 KEYS = {
     *("fits", "zero_stage", "offload", "activation_checkpointing", "precision", "micro_batch", "accumulation"),
@@ -60,7 +63,9 @@ def test_pins_are_kept_and_what_cannot_fit_is_said(say: Say) -> None:
     assert (made["zero_stage"], made["activation_checkpointing"], made["offload"]) == (3, True, "none")
     assert made["precision"] == "fp16"
     small = as_json(say, "--workers", "4", "--accelerator", "t4", "--set", "planning.memory_share=0.1")
-    assert not small["fits"]
+    assert (small["fits"], small["tight"]) == (True, True)
+    small = as_json(say, "--workers", "4", "--accelerator", "t4", "--set", "planning.memory_share=0.03")
+    assert (small["fits"], small["tight"]) == (False, False)
 
 
 def test_a_shorter_sequence_is_a_remedy(say: Say) -> None:
@@ -70,7 +75,7 @@ def test_a_shorter_sequence_is_a_remedy(say: Say) -> None:
     for pin in pins:
         words += ["--set", f"layout.{pin}"]
     whole, half = (as_json(say, *words, "--arg", f"sequence={length}") for length in (8192, 4096))
-    between = (whole["memory_bytes"]["total"] + half["memory_bytes"]["total"]) / 2
+    between = (whole["memory_bytes"]["needed"] + half["memory_bytes"]["needed"]) / 2
     made = as_json(
         say,
         *words,
@@ -94,6 +99,22 @@ def test_the_text_holds_the_breakdown_and_the_stages(say: Say) -> None:
         assert words in said
 
 
+def test_the_formulas_hold_numbers_that_add_up(say: Say) -> None:
+    words = ("--workers", "16", "--accelerator", "l4", "--set", "layout.zero_stage=3", "--set", "layout.offload=none")
+    lines = say(*GPT, *words, "--explain").splitlines()
+    made = as_json(say, *words)
+    rows = [line.split(None, 1) for line in lines[lines.index(next(x for x in lines if x.startswith("P, N"))) :]]
+    said = [" ".join(row) for row in rows]
+    traffic = made["terms"]["step"]["traffic"]
+    assert {name.split()[0] for name in traffic["bytes_by_operation"]} == {"all-gather", "reduce-scatter"}
+    assert sum(line.startswith("volume") for line in said) == 2
+    volumes = re.findall(r"volume .*? / (.*)/s = ", "\n".join(said))
+    assert set(volumes) == {human.size(traffic["bytes_per_s"])}
+    assert any(line.startswith("matmul") and "121 TFLOP/s" in line for line in said)
+    assert any(line.startswith("masters 4 bytes x P / 16 = 4 x ") for line in said)
+    assert any(line.endswith(f"= {1000 * made['step_time_s']:.4g} ms") for line in said if line.startswith("step"))
+
+
 def test_deepspeeds_own_json(say: Say) -> None:
     rendered = json.loads(say(*GPT, "--workers", "8", "--accelerator", "a100-40gb", "--deepspeed-config"))
     assert rendered["train_batch_size"] == 8
@@ -114,3 +135,42 @@ def test_an_unknown_accelerator(refuse: Say) -> None:
 
 def test_more_nodes_than_workers(refuse: Say) -> None:
     assert "there are only 2 workers" in refuse(*GPT, "--workers", "2", "--nodes", "3", "--accelerator", "t4")
+
+
+def test_where_nothing_is_costed_the_keys_are_there_and_the_reason_is_given(say: Say) -> None:
+    own = [f"planning.accelerator.{each}" for each in ("name=mine", "memory_gib=32", "fp32_tflops=10")]
+    own += ["planning.accelerator.memory_gb_per_s=500", "layout.precision=bf16"]
+    words = [word for each in own for word in ("--set", each)]
+    made = as_json(say, "--workers", "4", "--accelerator", "mine", *words)
+    assert made.keys() >= KEYS | {"tight", "changes", "run_time_s", "cost"}
+    unknown = {"fits", "memory_bytes", "device_memory_bytes", "step_time_s", "samples_per_s", "mfu", "alternatives"}
+    assert {key for key in KEYS if made[key] is None} == unknown
+    assert any("mine has no known rate in bf16" in reason for reason in made["reasons"])
+
+
+def test_an_accelerator_of_ones_own_from_the_command_line(say: Say, refuse: Say) -> None:
+    own = ["name=mine", "memory_gib=32", "fp32_tflops=10", "bf16_tflops=100", "memory_gb_per_s=500"]
+    words = [word for each in own for word in ("--set", f"planning.accelerator.{each}")]
+    made = as_json(say, "--workers", "4", "--accelerator", "mine", *words)
+    assert made["fits"]
+    assert (made["accelerator"], made["device_memory_bytes"]) == ("mine", 32 * 2**30)
+    assert "planning.accelerator.fp32_tflops: is required; add it" in refuse(*GPT, *words[:4])
+    said = refuse(*GPT, "--set", "planning.accelerator={}")
+    assert "'planning.accelerator' is a section: set one of its fields: name, memory_gib" in said
+
+
+def test_the_remedy_for_a_pinned_accumulation_is_no_contradiction(say: Say) -> None:
+    pins = ["accumulation=1", "global_batch=128", "zero_stage=3", "offload=none", "activation_checkpointing=false"]
+    words = ["--workers", "2", "--accelerator", "t4"]
+    for pin in pins:
+        words += ["--set", f"layout.{pin}"]
+    whole = as_json(say, *words)["memory_bytes"]
+    share = (whole["needed"] - whole["breakdown"]["activations"] // 2) / (15 * 2**30)
+    words += ["--set", f"planning.memory_share={share}"]
+    made = as_json(say, *words)
+    assert not made["fits"]
+    said = made["changes"][0]
+    assert said.startswith("layout.accumulation=")
+    for change in said.split(" and "):
+        words += ["--set", change]
+    assert as_json(say, *words)["fits"]

@@ -53,7 +53,8 @@ def test_labels(label: str, name: str | None) -> None:
 
 def test_an_unknown_name_is_answered_with_the_known() -> None:
     with pytest.raises(
-        ConfigError, match=r"'h1000' is not known; did you mean 'h100-80gb'\? valid: a100-40gb, .*Config"
+        ConfigError,
+        match=r"'h1000' is not known; did you mean 'h100-80gb'\? valid: a100-40gb, .*planning.accelerator.name",
     ):
         accelerator_named("h1000")
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gloo_jobs as jobs
+from orchestrator.config import Stop
 from orchestrator.errors import ConfigError
 from orchestrator.planning.choice import (
     best_of_each_stage,
@@ -18,7 +19,9 @@ from orchestrator.planning.choice import (
     space_of,
 )
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costing import Costing
 from orchestrator.planning.plan import make_plan
+from orchestrator.telemetry.planned import alternative_rows, plan_lines
 from settings import ADAM, GIB, PROFILE, chosen, setting
 
 
@@ -71,11 +74,13 @@ def test_no_other_combination_of_the_chosen_kind_is_faster_and_fits(share: int, 
     space = space_of(made.config, made.profile, share, made.workers, on_accelerator=made.device == "cuda")
     best = choose(made, space)
     assert best.micro_batch * best.accumulation == share
-    assert best.fits == (best.memory.total <= made.capacity_bytes + 16)
+    assert best.fits == (best.memory.needed <= made.capacity_bytes + 16)
+    assert best.has_room == (best.memory.total <= made.capacity_bytes + 16)
     others = [c for c in best_of_each_stage(made, space) if c.fits and c.zero_stage > 0]
     if others:
         assert best.fits
-    if made.device == "cuda" and best.fits:
+    others = [c for c in others if c.has_room]
+    if made.device == "cuda" and best.has_room:
         stages = {1} if best.accumulation > 1 and best.zero_stage == 1 else {1, 2, 3}
         rivals = [c.step_time_s for c in others if c.offload == best.offload and c.zero_stage in stages]
         assert all(best.step_time_s <= 1.0201 * seconds for seconds in rivals)
@@ -112,6 +117,53 @@ def test_more_workers_are_named_where_they_help() -> None:
     made = setting({"offload": "none"}, workers=2, parameters=20_000_000_000)
     space = space_of(made.config, made.profile, 1, 2, on_accelerator=True)
     assert smallest_changes(made, space, 1)[-1] == "16 workers"
+
+
+def test_what_is_tight_is_warned_of_and_not_refused() -> None:
+    """Fragmentation is an allowance: a run that fits without it is planned, and told how to have room."""
+    layout = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False, "micro_batch": 8}
+    whole = chosen(setting(layout, capacity_bytes=64 * GIB))
+    assert whole.has_room
+    for capacity, fits in ((whole.memory.total - 1, True), (whole.memory.needed - 1, False)):
+        made = setting(layout, capacity_bytes=capacity)
+        best = chosen(made)
+        assert (best.fits, best.has_room) == (fits, False)
+    tight = setting(layout, capacity_bytes=whole.memory.total - 1)
+    space = space_of(tight.config, tight.profile, 8, 8, on_accelerator=True)
+    changes = smallest_changes(tight, space, 8, roomy=True)
+    assert "layout.micro_batch=4" in changes
+    assert chosen(setting({**layout, "micro_batch": 4}, capacity_bytes=tight.capacity_bytes)).has_room
+
+
+def test_text_json_and_warning_agree_on_what_is_tight() -> None:
+    layout = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False, "micro_batch": 8}
+    layout["precision"] = "bf16"
+    config = jobs.toy_config(8, recipe=ADAM, layout=layout)
+    use = chosen(setting(layout, capacity_bytes=64 * GIB)).memory.total
+    shape = ClusterShape(1, 64, 8, "A100", device_memory_bytes=use - 1)
+    plan = make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=PROFILE)
+    said = plan.to_dict()
+    assert (said["fits"], said["tight"]) == (True, True)
+    assert said["memory_bytes"]["needed"] <= said["device_memory_bytes"] < said["memory_bytes"]["total"]
+    warning = next(reason for reason in said["reasons"] if reason.startswith("memory is tight"))
+    assert all(change in warning for change in said["changes"])
+    assert "layout.micro_batch=4" in warning
+    text = "\n".join(plan_lines(plan))
+    assert warning in text
+    assert "fits     tight" in text
+    assert [row[-1] for row in alternative_rows(plan) if row[0] == "3"] == ["chosen, tight"]
+
+
+def test_room_goes_before_speed_and_offload_after_a_tight_fit() -> None:
+    open_batch = {"zero_stage": 3, "offload": "none", "activation_checkpointing": False}
+    whole = setting({**open_batch, "micro_batch": 8}, capacity_bytes=64 * GIB)
+    capacity = chosen(whole).memory.total - 1
+    best = chosen(setting(open_batch, capacity_bytes=capacity))
+    assert best.has_room
+    assert best.micro_batch < 8
+    pinned = {**open_batch, "micro_batch": 8, "offload": "auto"}
+    tight = chosen(setting(pinned, capacity_bytes=capacity))
+    assert (tight.offload, tight.fits, tight.has_room) == ("none", True, False)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_remedy() -> None:
@@ -161,3 +213,45 @@ def test_one_worker_whose_stage_is_pinned_is_told_what_would_fit() -> None:
     space = space_of(made.config, made.profile, 8, 1, on_accelerator=True)
     assert not choose(made, space).fits
     assert smallest_changes(made, space, 8), "offload and another stage together, or more workers"
+
+
+def test_a_pinned_accumulation_is_named_with_the_micro_batch_that_it_contradicts() -> None:
+    """Either alone would contradict the other's pin: their product is a worker's share."""
+    pins = {"accumulation": 1, "zero_stage": 3, "activation_checkpointing": False, "offload": "none"}
+    for both in ({}, {"micro_batch": 16}):
+        made = setting({**pins, **both})
+        space = space_of(made.config, made.profile, 16, made.workers, on_accelerator=True)
+        assert not choose(made, space).fits
+        said = smallest_changes(made, space, 16)[0].split(" and ")
+        changed = {field.removeprefix("layout."): int(value) for field, value in (each.split("=") for each in said)}
+        assert changed.keys() == {"accumulation", *both}
+        assert chosen(setting({**pins, **changed}), 16).fits
+
+
+def test_a_run_time_is_a_bound_where_the_batch_is_not_the_references() -> None:
+    def costing(batch: int, **stop: float) -> Costing:
+        recipe = {**ADAM, "stop": Stop(**stop)}
+        layout = {"zero_stage": 1, "precision": "bf16", "global_batch": batch}
+        plan = make_plan(
+            jobs.toy_config(8, recipe=recipe, layout=layout),
+            ClusterShape(1, 64, 8, "A100"),
+            train_samples=10_000,
+            evaluation_samples=0,
+            profile=PROFILE,
+        )
+        assert plan.costing is not None
+        return plan.costing
+
+    bounds = {batch: costing(batch, samples=1000).run_time_bound for batch in (32, 64, 128)}
+    assert bounds == {32: "at most", 64: "exact", 128: "at least"}
+    short = costing(128, samples=1000, wall_time_s=0.5)
+    assert (short.run_time_s, short.run_time_bound) == (0.5, "at most")
+    assert costing(64, wall_time_s=60).run_time_s == 60
+
+
+def test_what_could_not_be_traced_is_among_the_reasons() -> None:
+    config = jobs.toy_config(1, recipe=ADAM, layout={})
+    profile = replace(PROFILE, precision="fp32", untraced="RuntimeError: it asks for a number")
+    shape = ClusterShape(1, 8, memory_bytes=999 * GIB)
+    plan = make_plan(config, shape, train_samples=1000, evaluation_samples=0, profile=profile)
+    assert any("RuntimeError: it asks for a number" in reason for reason in plan.reasons)

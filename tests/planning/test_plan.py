@@ -26,6 +26,7 @@ from orchestrator.config import (
 )
 from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.planning.costing import Costing
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.probe import Probe, Trial
@@ -121,6 +122,8 @@ def test_a_plan_as_it_is_written_down() -> None:
         layout={"global_batch": 128, "micro_batch": 8, "zero_stage": 2},
         evaluation=EvaluationConfig(every_epochs=0.5),
     ).to_dict()
+    nulls = ("fits", "memory_bytes", "device_memory_bytes", "step_time_s", "samples_per_s", "mfu", "alternatives")
+    assert all(name in written and written[name] is None for name in nulls)
     assert written == {
         "name": "a-run",
         "global_batch": 128,
@@ -155,6 +158,7 @@ def test_a_plan_as_it_is_written_down() -> None:
             "TF32: for the products that bf16 leaves in fp32",
             "fused optimizer: a few kernels update all weights",
         ),
+        **Costing.not_costed(),
     }
     assert json.loads(json.dumps(written, allow_nan=False))["reasons"] == list(written["reasons"])
 

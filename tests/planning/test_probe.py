@@ -78,7 +78,7 @@ def probe_of(made: Setting, sizes: list[int], factor: float = 1.0, extra: float 
             device=made.device,
         )
         activations = float(activation_bytes(made.profile, best.activation_checkpointing, size)[1])
-        allocated = use.total - use.fragmentation - use.context - activations
+        allocated = use.needed - use.context - activations
         step_s = slowdown * made.roofline(*combination, size, ACCUMULATION, made.workers, made.nodes).total
         part_s = slowdown * made.roofline(*combination, size, 1, 1, 1).compute
         trials.append(Trial(size, int(allocated + factor * activations + extra), float(step_s), float(part_s)))
@@ -121,7 +121,7 @@ def test_memory_is_what_was_measured_also_where_nothing_was(factor: float, extra
         device="cuda",
         correction=correction,
     )
-    assert use.total - use.context - use.fragmentation == pytest.approx(eight, rel=1e-3)
+    assert use.needed - use.context == pytest.approx(eight, rel=1e-3)
 
 
 def test_one_trial_moves_the_whole_line() -> None:

@@ -43,11 +43,26 @@ def clicks(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.binary_cross_entropy_with_logits(model(batch["numbers"], batch["categories"].long()), batch["clicked"])
 
 
+class Heads(nn.Module):
+    """Attention without rotary positions: queries, keys and values stay views of the projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            heads = (part(x).view(*x.shape[:2], 4, 16).transpose(1, 2) for part in self.parts[:3])
+            x = x + self.parts[3](F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
+        return x
+
+
 TEXT = TextTask("", Shape(width=32, layers=3, heads=4, kv_heads=2), context=48)
 IMAGES = DigitsTask("", width=8)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], dict[str, Any]]] = {
     "resnet": (IMAGES.model, IMAGES.loss, {"image": np.zeros((1, 64), np.uint8), "label": np.zeros(1, np.int64)}),
     "gpt": (TEXT.model, TEXT.loss, dict(TEXT.sample())),
+    "heads": (Heads, lambda model, batch: model(batch["x"]).mean(), {"x": np.zeros((1, 32, 64), np.float32)}),
     "recommender": (
         Recommender,
         clicks,
