@@ -81,6 +81,7 @@ OPTIONS = {
     "doctor": ["--address", "--folder", "--json", "job"],
     "export": ["--calibrate", "--json", "--out", "--to", "run"],
     "explain": ["--json", "run"],
+    "export-weights": ["--json", "--overwrite", "file", "run"],
     "jobs": ["--address", "--json"],
     "logs": ["--address", "--follow", "--json", "run"],
     "metrics": ["--json", "--markdown"],

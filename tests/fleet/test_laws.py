@@ -119,7 +119,7 @@ def has_a_place(view: JobView, cluster: dict[str, tuple[str, int]]) -> bool:
     return False
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(given=crowds())
 @example(given=([job("a"), job("b"), job("c", workers_range=(3, 3))], nodes(gpu=(1, 3))))
 @example(  # no place for one, who must not keep the last from its turn

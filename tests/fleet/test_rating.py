@@ -28,7 +28,7 @@ def goodput_of(found: Options, index: int = 0, kind: int = 0) -> dict[int, float
     return {int(found.devices[row]): float(found.goodput[row]) for row in found.of(index) if found.kind[row] == kind}
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     noise=st.floats(1.0, 1e6),
     speed=st.floats(0.1, 10.0),
