@@ -33,6 +33,7 @@ from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.folder import RunFolder, write_json
 from orchestrator.storage.tally import REQUESTS
 from orchestrator.telemetry.meter import Meter
+from orchestrator.telemetry.metrics import ASKED_FOR
 from orchestrator.telemetry.observing import RunFacts, observe_place, observe_requests
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.telemetry.records import read
@@ -40,8 +41,6 @@ from orchestrator.telemetry.records import read
 __all__ = ["Order", "device_of", "memory_share", "output_in", "work"]
 
 HANG_GRACE_S = 5.0
-ON_PURPOSE = ("stopped", "resized", "preempted_by_the_fleet")
-"""Ends of attempts that are no failures."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +339,7 @@ def _past(folder: RunFolder, cause: str) -> dict[str, Any]:
     """
     attempts = read(folder.attempts)
     ends = [one.get("cause", "") for one in attempts if one["event"] == "started"][1:] + ([cause] if attempts else [])
-    failures = sum(1 for end in ends if end not in ON_PURPOSE)
+    failures = sum(1 for end in ends if end not in ASKED_FOR)
     return {"failures": failures, "lived_s": time.time() - attempts[0]["time"] if attempts else 0.0}
 
 

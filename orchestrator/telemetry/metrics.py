@@ -6,15 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["KNOWN", "PARTS", "PLANNED_RESTARTS", "RESTARTS", "STATES", "TABLE", "Metric", "markdown", "rows"]
+__all__ = [
+    "ASKED_FOR",
+    "KNOWN",
+    "PARTS",
+    "PLANNED_RESTARTS",
+    "RESTARTS",
+    "STATES",
+    "TABLE",
+    "Metric",
+    "markdown",
+    "rows",
+]
 
 PREFIX = "orchestrator_"
 PARTS = ("data_wait", "forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "other")
 """Where a worker's time goes; together they are its wall time."""
 STATES = ("starting", "running", "restarting", "finished", "stopped", "failed")
 """What a run is doing, as its driver sees it."""
-PLANNED_RESTARTS = ("stopped", "resized", "preempted_by_the_fleet", "preempted")
-"""What ends an attempt without anything having failed: its user, the fleet, or whoever takes nodes back."""
+ASKED_FOR = ("stopped", "resized", "preempted_by_the_fleet")
+"""What ends an attempt on purpose: its user, its own elasticity, or the fleet."""
+PLANNED_RESTARTS = (*ASKED_FOR, "preempted")
+"""What ends an attempt without anything having failed: one of those, or whoever takes nodes back."""
 RESTARTS = (
     *PLANNED_RESTARTS,
     *("worker_lost", "start", "hang", "slow", "memory", "storage", "user", "request", "run", "unknown"),

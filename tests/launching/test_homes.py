@@ -52,5 +52,11 @@ def test_a_stop_that_the_store_did_not_take_is_said_once_it_is_back(
         home.begin_anew()
         time.sleep(0.3)
         assert run.store.stat(STOP) is None, "said once: whoever comes next is not stopped"
+        away.append(True)
+        home.ask_to_stop()
+        home.begin_anew()
+        away.clear()
+        time.sleep(0.3)
+        assert run.store.stat(STOP) is None, "and not by what was asked of those before them"
     finally:
         home.close()

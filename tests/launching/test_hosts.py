@@ -199,14 +199,32 @@ def test_plain_ray_job_submit_ends_as_the_run_does(
     assert hosts.orchestrator("wait", name).code == code
 
 
-def test_a_stopped_run_saves_on_every_host(hosts: Hosts) -> None:
-    words = (*RUN, "--set", "name=stopped", "--arg", "epochs=2000", *DRIVER_ELSEWHERE)
-    sent = hosts.orchestrator("submit", *words, "--no-follow", "--json")
-    assert sent.code == 0, sent.err
-    wait_until(lambda: hosts.step("stopped") > 5)
-    stopped = hosts.orchestrator("stop", "stopped", "--json")
-    assert stopped.summary["status"] == "STOPPED", stopped.err
-    summary: dict[str, Any] = json.loads((hosts.run("stopped") / "summary.json").read_text())
+def test_a_run_that_fails_is_followed_to_its_end(hosts: Hosts) -> None:
+    ended = hosts.orchestrator("submit", *RUN, "--set", "name=failing", "--set", "checkpoint.uri=/proc/nowhere")
+    assert ended.code == 2, ended.out + ended.err
+    assert "cannot write the run's folder" in ended.out + ended.err
+    assert hosts.orchestrator("wait", "failing").code == 2
+
+
+@pytest.mark.parametrize("name", ["stopped", "plainly"])
+def test_a_stopped_run_saves_on_every_host(hosts: Hosts, name: str) -> None:
+    """Both ways to submit, each with its own way to stop."""
+    words = (*RUN, "--set", f"name={name}", "--arg", "epochs=2000")
+    if name == "stopped":
+        sent = hosts.orchestrator("submit", *words, *DRIVER_ELSEWHERE, "--no-follow", "--json")
+        assert sent.code == 0, sent.err
+    else:
+        plain = ("--no-wait", f"--submission-id={name}", "--working-dir=.", "--entrypoint-num-cpus=1", "--")
+        assert hosts.ray_job("submit", *plain, "python", "-m", "orchestrator", "run", *words) == 0
+    wait_until(lambda: hosts.step(name) > 5)
+    if name == "stopped":
+        stopped = hosts.orchestrator("stop", name, "--json")
+        assert stopped.summary["status"] == "STOPPED", stopped.err
+    else:
+        assert hosts.ray_job("stop", name) == 0
+        wait_until(lambda: (hosts.run(name) / "summary.json").exists())
+        assert hosts.orchestrator("status", name, "--json").summary["status"] == "STOPPED"
+    summary: dict[str, Any] = json.loads((hosts.run(name) / "summary.json").read_text())
     manifest = json.loads((Path(summary["checkpoint"]) / "manifest.json").read_text())
     assert summary["checkpoint"].endswith(f"step-{summary['step']:08d}")
     assert {f"rank-{rank:05d}.pt" for rank in (0, 1)} <= set(json.dumps(manifest).split('"'))
