@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 import os
 import random
 import shutil
@@ -541,9 +542,16 @@ class Ended:
     message: str = ""
 
 
-def run_loop(config: RunConfig, task: Task, root: Path, driver: str, stop_in: int | None = None) -> Ended:
+def run_loop(
+    config: RunConfig,
+    task: Task,
+    root: Path,
+    driver: str,
+    stop_in: int | None = None,
+    pause_at: float = math.inf,
+) -> Ended:
     """``train`` as a worker runs it, in the run folder ``root``; a stop is asked for in its step ``stop_in``."""
-    run = _training(config, task, RunFolder(root), driver, stop_in)
+    run = dataclasses.replace(_training(config, task, RunFolder(root), driver, stop_in), pause_at=pause_at)
     try:
         outcome = train(run)
     except OrchestratorError as error:

@@ -20,6 +20,7 @@ from orchestrator.launching.cluster import RayCluster, address_of, embedded_shap
 from orchestrator.launching.failures import last_line, lost_mark, read_failures, to_error
 from orchestrator.launching.fleet import FleetSettings
 from orchestrator.launching.homes import Home, owned, stored_uri
+from orchestrator.launching.jobs import hurried
 from orchestrator.launching.membership import (
     Member,
     check_devices,
@@ -152,6 +153,8 @@ def run(request: RunRequest, listener: Listener) -> dict[str, Any]:
         shape = embedded_shape()
         profiled = profile_job(job, shape)
         make_job_plan(job, shape, sizes, profiled)  # refused before there is a folder or a cluster
+    if (warning := hurried(job.config)) is not None:
+        listener.note(warning)
     with owned(job.config, listener.note, fresh=request.fresh) as home:
         check_same_run(request, job, home.folder)
         if (done := finished_summary(request, home.folder)) is not None:
@@ -187,6 +190,7 @@ def _launch(
             driver=home.driver,
             profile=profiled[0],
             stored=home.stored,
+            pause_share=request.pause_share,
             lasting=cluster.lasting,
         )
         with _membership(job, plan, home) as member:

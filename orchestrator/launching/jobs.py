@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -42,6 +43,7 @@ __all__ = [
     "choose",
     "command_of",
     "dashboard_address",
+    "hurried",
     "make_submission",
     "named",
     "plan_there",
@@ -58,6 +60,9 @@ RECONNECT_S = 2.0  # each new connection leaves one behind in the head, until th
 PATIENCE_S = 180.0  # a head that is restarted is back within this: the chart has the other nodes wait for it for 120 s
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 STOP_MARGIN_S = 30.0
+STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+RAYS_STOP_WAIT_S = 3  # where nobody says otherwise
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to what it runs as a job's entrypoint
 RUN, ATTEMPT, REQUEST = "orchestrator_run", "orchestrator_attempt", "orchestrator_request"
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
@@ -176,9 +181,7 @@ def make_submission(request: RunRequest, config: RunConfig, extras: Extras) -> S
         RequestError: an environment variable or a requirement that cannot be read.
     """
     command = command_of(request)
-    # Ray kills a job this long after it was asked to stop; three seconds, if nobody says otherwise.
-    grace_s = math.ceil(config.failures.stop_grace_s + STOP_MARGIN_S)
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **extras.variables()}
+    variables = {STOP_WAIT_VARIABLE: str(_stop_wait_s(config)), **extras.variables()}
     requirements = extras.requirements()
     return Submission(
         run=config.name,
@@ -188,6 +191,27 @@ def make_submission(request: RunRequest, config: RunConfig, extras: Extras) -> S
         request=hashlib.sha256(command.encode()).hexdigest()[:16],
         runtime_env={"env_vars": variables, **({"pip": requirements} if requirements else {})},
         cpus=extras.cpus or 0.0,
+    )
+
+
+def _stop_wait_s(config: RunConfig) -> int:
+    """How long Ray is to wait for a job that was asked to stop before it kills it."""
+    return math.ceil(config.failures.stop_grace_s + STOP_MARGIN_S)
+
+
+def hurried(config: RunConfig) -> str | None:
+    """What to say where this process is a Ray job's that would be killed before its grace is over, or None."""
+    if JOB_VARIABLE not in os.environ:
+        return None
+    with contextlib.suppress(ValueError):  # Ray's own stop would fail on it
+        given_s = int(os.environ.get(STOP_WAIT_VARIABLE, RAYS_STOP_WAIT_S))
+        if given_s >= config.failures.stop_grace_s:
+            return None
+    wanted = json.dumps({"env_vars": {STOP_WAIT_VARIABLE: str(_stop_wait_s(config))}})
+    return (
+        f"Ray kills this job {os.environ.get(STOP_WAIT_VARIABLE, RAYS_STOP_WAIT_S)} s after it is asked to stop, "
+        f"whether it has saved or not (failures.stop_grace_s={config.failures.stop_grace_s:g}): give "
+        f"`ray job submit` --runtime-env-json='{wanted}', or use `orchestrator submit`, which does"
     )
 
 

@@ -38,7 +38,8 @@ class RunRequest:
 
     ``job`` is ``module:function``; ``args`` and ``overrides`` are ``name=value`` texts. ``from_checkpoint``
     names a checkpoint folder to go on from; newer ones are set aside. ``probe`` says whether micro batches are tried
-    first; None leaves it to the plan.
+    first; None leaves it to the plan. ``pause_share`` is the share of its length after which the run is to save and
+    stop, at the next evaluation; the same request without it goes on from there.
     """
 
     job: str
@@ -49,6 +50,7 @@ class RunRequest:
     force_config: bool = False
     from_checkpoint: str | None = None
     probe: bool | None = None
+    pause_share: float | None = None
 
 
 def run_root(config: RunConfig) -> Path:

@@ -325,15 +325,23 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
     write_json(folder / "settings" / f"{name}.json", settings)
     overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
     overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
-    pause = _Pause(RunFolder(folder / "runs" / name), share)
+    trial = RunRequest(
+        request.job,
+        request.args,
+        tuple(overrides),
+        address="auto",
+        probe=False,
+        pause_share=share if share < 1.0 else None,
+    )
     _ended(folder, name, "lost").unlink(missing_ok=True)
     try:
-        driver.run(RunRequest(request.job, request.args, tuple(overrides), address="auto", probe=False), pause)
+        driver.run(trial, _Silent())
     except OWN_FAULT as error:  # a setting that diverges is a result, and no reason to end the search
         write_json(_ended(folder, name, "failed"), {"error": str(error)})
     except OrchestratorError as error:  # workers, a node or a store were lost: that says nothing of the setting
         write_json(_ended(folder, name, "lost"), {"error": str(error)})
-    values = [r["metrics"][request.metric] for r in _lines(pause.folder.evaluations) if request.metric in r["metrics"]]
+    records = _lines(RunFolder(folder / "runs" / name).evaluations)
+    values = [r["metrics"][request.metric] for r in records if request.metric in r["metrics"]]
     worst = -math.inf if request.grows else math.inf
     ray_tune.report({"value": values[-1] if values else worst})
 
@@ -343,21 +351,12 @@ def _ended(folder: Path, name: str, how: str) -> Path:
     return folder / "settings" / f"{name}.{how}.json"
 
 
-class _Pause:
-    """Listens to a trial and asks it to save and stop once an evaluation lies past its share of the length."""
+class _Silent:
+    """Hears of a trial and says nothing: the search tells of its rounds."""
 
-    def __init__(self, folder: RunFolder, share: float) -> None:
-        self.folder = folder
-        self._share = share
-
-    def planned(self, plan: Plan, _: str) -> None:
-        self._length = float(plan.length or math.inf)
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        if self._share < 1.0 and record["progress"] >= self._share * self._length:
-            self.folder.stop_request.touch()
-
+    def planned(self, plan: Plan, folder: str) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
+    def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def decision(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
     def begins(self, config: RunConfig) -> None: ...

@@ -70,6 +70,8 @@ class Order:
     """Why the fleet gives it these."""
     cause: str = ""
     """What ended the attempt before, where its driver knows better than the records."""
+    pause_share: float | None = None
+    """Of its length after which it is to save and stop, at an evaluation."""
     lasting: bool = False
     """Whether the cluster outlives the run, and nodes may be taken away after notice: not so where it is embedded."""
 
@@ -177,7 +179,7 @@ class _Worker:
         )
         if self._rank == 0:
             write_json(self._folder.plan, plan.to_dict())
-        device = device_of(plan)
+        device, share = device_of(plan), self._order.pause_share
         probe = self._order.probe
         measured = probe if probe is not None and probe.matches(plan) else None
         self._memory = memory = self._gauge(device, plan, measured)
@@ -217,6 +219,7 @@ class _Worker:
             times=StepTimes() if measured is None else measured.step_times(),
             stop_requested=self._place.stop_requested,
             watchdog=Watchdog(self._hangs, factor=config.failures.hang_factor, least_s=config.failures.hang_least_s),
+            pause_at=math.inf if share is None or plan.length is None else share * plan.length,
             notice=DrainNotice() if self._order.lasting else NoNotice(),
             **_past(self._folder, attempt.cause),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class Training:
     """From the first attempt's beginning to this one's."""
     times: StepTimes = field(default_factory=StepTimes)
     """Step times that are known before the first step."""
+    pause_at: float = math.inf
+    """Progress; after the first evaluation there or later the run saves and stops, to go on another time."""
 
 
 def train(run: Training) -> Outcome:
@@ -137,6 +140,7 @@ def train(run: Training) -> Outcome:
         best = state.best
         if state.evaluation_due(run.plan):
             state = _evaluate(run, state)
+            stop = stop or state.progress >= run.pause_at
         if (save_due or warned or state.best != best) and stats.finite:
             cadence = cadence.saved(time.monotonic(), _save(run, state, at_once=warned), state.progress)
             saved_step = state.step

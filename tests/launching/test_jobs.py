@@ -21,6 +21,7 @@ from orchestrator.launching.jobs import (
     choose,
     command_of,
     dashboard_address,
+    hurried,
     make_submission,
     named,
     plan_there,
@@ -66,6 +67,34 @@ def test_a_stopped_run_gets_the_time_it_needs_to_save() -> None:
     config = load(REQUEST.job, (), ("failures.stop_grace_s=100",)).config
     environment = make_submission(REQUEST, config, Extras(env=("A=b=c",))).runtime_env["env_vars"]
     assert environment == {"RAY_JOB_STOP_WAIT_TIME_S": "130", "A": "b=c"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, None),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "kills this job 3 s after"),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "59"}, "kills this job 59 s after"),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "60"}, None),
+    ],
+    ids=["no job", "as Ray has it", "too short", "long enough"],
+)
+def test_a_job_that_would_be_killed_before_it_has_saved_says_so(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str | None
+) -> None:
+    for name in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = hurried(load(REQUEST.job, (), ()).config)
+    if said is None:
+        assert told is None
+    else:
+        assert told is not None
+        assert said in told
+        given = json.loads(told.partition("--runtime-env-json='")[2].partition("'")[0])
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+        assert hurried(load(REQUEST.job, (), ()).config) is None
 
 
 def test_requirements_come_from_the_line_and_from_files(tmp_path: Path) -> None:

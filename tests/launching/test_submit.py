@@ -294,6 +294,7 @@ def test_plain_ray_job_submit_is_the_same_run(head: Head, here: Callable[..., En
     )
     assert done.returncode == 0, done.stderr
     assert "plain: finished" in done.stdout
+    assert "kills this job 3 s after it is asked to stop" in done.stdout  # this head is told of no other time
     assert here("wait", "plain", "--json").summary["exit_code"] == 0
 
 

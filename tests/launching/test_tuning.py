@@ -30,7 +30,7 @@ from orchestrator.launching import tuning
 from orchestrator.launching.tuning import Trial, Tuned, TuneRequest, _together
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.scheduling.search_space import Range, parse_search
-from orchestrator.storage.folder import write_json
+from orchestrator.storage.folder import RunFolder, write_json
 
 MLP = "jobs.vision:mlp"
 RATE = "optimizer.learning_rate=loguniform(1e-5,1e-1)"
@@ -155,13 +155,15 @@ def test_only_what_a_trial_did_wrong_itself_is_final(
     reported: list[float] = []
     monkeypatch.setattr(ray_tune, "report", lambda result: reported.append(result["value"]))
 
-    def ends(_: object, pause: tuning._Pause) -> None:
+    folder = RunFolder(tmp_path / "runs" / "trial-000")
+
+    def ends(*_: object) -> None:
         raise error
 
-    def finishes(_: object, pause: tuning._Pause) -> None:
-        pause.folder.root.mkdir(parents=True)
-        pause.folder.evaluations.write_text(json.dumps({"progress": 1.0, "metrics": {"loss": 0.5}}) + "\n")
-        write_json(pause.folder.summary, {"state": "finished"})
+    def finishes(*_: object) -> None:
+        folder.root.mkdir(parents=True)
+        folder.evaluations.write_text(json.dumps({"progress": 1.0, "metrics": {"loss": 0.5}}) + "\n")
+        write_json(folder.summary, {"state": "finished"})
 
     monkeypatch.setattr(tuning.driver, "run", ends)
     tuning.run_trial(made, tmp_path, chosen, 1.0)
@@ -259,7 +261,8 @@ def test_a_search_that_is_killed_goes_on_where_it_was_and_finds_a_rate_that_work
     found = json.loads(out)
     trials = found["trials"]
     assert len(trials) == 3
-    assert {trial["state"] for trial in trials} == {"finished", "ended early"}
+    ways = sorted((trial["state"], round(trial["progress"], 2)) for trial in trials)
+    assert ways == [("ended early", 0.34), ("ended early", 0.34), ("finished", 1.0)]
     best = [trial["best"] for trial in trials]
     assert best == sorted(best, reverse=True)
     assert best[0] > 0.8

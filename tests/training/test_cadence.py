@@ -95,6 +95,24 @@ def test_the_best_is_saved_and_outlives_the_newer_ones(two: GlooGroup, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_run_that_pauses_stops_at_an_evaluation_and_goes_on_as_if_it_had_not(two: GlooGroup, tmp_path: Path) -> None:
+    task = Toy(mlp, evaluation=Rows.made_up(21, seed=1))
+    config = toy_config(recipe={"stop": Stop(epochs=2)}, evaluation=EvaluationConfig(every_epochs=0.5))
+    whole, driver = new_run(tmp_path / "whole")
+    two.run(run_loop, config, task, whole, driver)
+    evaluated = [record["progress"] for record in read(whole / "evaluations.jsonl")]
+    root, driver = new_run(tmp_path / "paused")
+    between = (evaluated[1] + evaluated[2]) / 2
+    (paused, _) = two.run(run_loop, config, task, root, driver, None, between)
+    assert (paused.stopped, paused.state.progress) == (True, evaluated[2])
+    (ended, _) = two.run(run_loop, config, task, root, driver)
+    assert not ended.stopped
+    assert [record["progress"] for record in read(root / "evaluations.jsonl")] == evaluated
+    first, again = ([record["loss"] for record in read(each / "metrics.jsonl")] for each in (whole, root))
+    assert again == first
+
+
+@pytest.mark.slow
 def test_a_best_of_no_metric(two: GlooGroup, tmp_path: Path) -> None:
     task = Toy(mlp, evaluation=Rows.made_up(21, seed=1))
     ends = two.run(
