@@ -120,7 +120,7 @@ def _work(meter: Meter, observer: RunObserver | None) -> None:
     observe_memory(meter, used=10**9, reserved=2 * 10**9, peak=3 * 10**9, limit=80 * 10**9)
     observe_parts(meter, parts)
     if observer is not None:
-        step = meter.counted().counters.get(("orchestrator_steps_total", ()), 0.0) + 1
+        step = meter.totals().get(("orchestrator_steps_total", ()), 0.0) + 1
         record = {
             "step": step,
             "samples": 64 * step,

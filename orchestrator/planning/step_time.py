@@ -41,6 +41,7 @@ REACH = float(np.log(2.0))
 RESIDUAL, TIMING_ERROR = 0.3, 0.02
 """Standard deviations, relative: of the form's error, and of a timing."""
 LARGEST_OVERLAP = 10.0
+TOLERANCE = 1e-6
 DIFFERENCE = float(np.sqrt(np.finfo(float).eps))
 STARTS = ((0.0, 0.5), (-2.0, 0.5), (2.0, 0.1), (0.0, 0.9))
 """Overlap (0 is halfway) and share of a micro batch's time that does not depend on its size."""
@@ -226,7 +227,8 @@ def _fit_from(columns: Array, overlap: float, constant: float) -> Any:
         found = misses(moved[:, :, None])
         return np.concatenate([(found[1:] - found[0]).T / difference, RIDGE * np.eye(len(parameters))])
 
-    return least_squares(residuals, prior, jac=slopes, max_nfev=200)
+    # Levenberg-Marquardt, and digits that timings do not have are left out: a run waits for this.
+    return least_squares(residuals, prior, jac=slopes, method="lm", ftol=TOLERANCE, xtol=TOLERANCE, max_nfev=200)
 
 
 def _form(parameters: Array, nodes: ArrayLike, workers: ArrayLike, sizes: Array) -> tuple[Array, Array]:

@@ -54,22 +54,22 @@ class RunObserver:
         self._facts = facts
         self._estimator = Estimator(SPEED_MEMORY_S)
         self._progress: float | None = None
+        self._repeated = (0, 0)
 
-    def begin(self, meter: Meter, *, progress: float, repeated_samples: int) -> None:
-        """An attempt begins: what can be counted is there from the start, so that a first event is a rise from 0."""
-        self._progress = progress
-        for name in (
-            "steps",
-            "samples",
-            "tokens",
-            "evaluations",
-            "skipped_steps",
-            "checkpoints",
-            "checkpoint_failures",
-        ):
+    def begin(self, meter: Meter, start: Mapping[str, Any], *, repeated: tuple[int, int]) -> None:
+        """An attempt begins: what can be counted is there from the start, so that a first event is a rise from 0.
+
+        Args:
+            meter: Where to.
+            start: ``step``, ``samples`` and ``progress`` from which it goes on.
+            repeated: Steps and samples of all attempts so far that were lost and are taken again.
+        """
+        self._progress, self._repeated = start["progress"], repeated
+        self._taken(meter, start)
+        meter.total("orchestrator_repeated_samples_total", repeated[1])
+        for name in ("evaluations", "skipped_steps", "checkpoints", "checkpoint_failures"):
             meter.count(f"orchestrator_{name}_total", 0.0)
         meter.count("orchestrator_checkpoint_blocked_seconds_total", 0.0)
-        meter.count("orchestrator_repeated_samples_total", repeated_samples)
         for kind in KINDS:
             meter.count("orchestrator_decisions_total", 0.0, kind)
         observe_storage(meter, "checkpoint", retries=0, errors=0)
@@ -78,9 +78,7 @@ class RunObserver:
     def step(self, meter: Meter, record: Mapping[str, Any], loss_scale: float) -> None:
         """One record of ``metrics.jsonl``."""
         batch = record["global_batch"]
-        meter.count("orchestrator_steps_total")
-        meter.count("orchestrator_samples_total", batch)
-        meter.count("orchestrator_tokens_total", batch * self._facts.tokens_per_sample)
+        self._taken(meter, record)
         meter.count("orchestrator_skipped_steps_total", float(record["skipped"]))
         loss = record["loss"]
         meter.set("orchestrator_loss", math.nan if loss is None else loss)
@@ -118,6 +116,13 @@ class RunObserver:
     def rest(self, meter: Meter, parts: Mapping[str, float]) -> None:
         """What came after the last step: the last evaluation and checkpoint."""
         self._times(meter, parts, a_step=False)
+
+    def _taken(self, meter: Meter, at: Mapping[str, Any]) -> None:
+        """Counted from where the run stands: what a killed rank had not told any more is in its records."""
+        steps, samples = at["step"] + self._repeated[0], at["samples"] + self._repeated[1]
+        meter.total("orchestrator_steps_total", steps)
+        meter.total("orchestrator_samples_total", samples)
+        meter.total("orchestrator_tokens_total", samples * self._facts.tokens_per_sample)
 
     def _position(self, meter: Meter, record: Mapping[str, Any]) -> None:
         meter.set("orchestrator_run_step", record["step"])

@@ -94,10 +94,12 @@ class Recorder:
         if self._attempt > 1:
             repeated_s = sum(useful_s(record) for record in lost if not record["skipped"])
             record |= {"cause": self._cause, "repeated_samples": repeated, "repeated_s": repeated_s}
+            record["repeated_steps"] = len(lost)
         self._attempts(record)
         self._keep()
         if self._publisher is not None:
-            self._publisher.note(self._observer.begin, progress=state.progress, repeated_samples=repeated)
+            start = {"step": state.step, "samples": state.samples, "progress": state.progress}
+            self._publisher.note(self._observer.begin, start, repeated=_repeated(self._folder))
 
     def step(
         self,
@@ -247,6 +249,13 @@ class Recorder:
         if time.monotonic() - self._checked_at > 1.0:
             self._fence.check()
             self._checked_at = time.monotonic()
+
+
+def _repeated(folder: RunFolder) -> tuple[int, int]:
+    """Steps and samples that all attempts lost and took again, this one's included."""
+    starts = read(folder.attempts)
+    steps, samples = (sum(start.get(f"repeated_{what}", 0) for start in starts) for what in ("steps", "samples"))
+    return steps, samples
 
 
 def _observe_checkpoint(meter: Meter, observer: RunObserver, saved: Path, duration_s: float) -> None:

@@ -40,7 +40,7 @@ def record(step: int, **fields: Any) -> dict[str, Any]:
 
 def observed(*records: dict[str, Any]) -> Meter:
     meter, observer = Meter(), RunObserver(FACTS)
-    observer.begin(meter, progress=0.0, repeated_samples=64)
+    observer.begin(meter, {"step": 0, "samples": 0, "progress": 0.0}, repeated=(2, 64))
     for each in records:
         observer.step(meter, each, 1.0)
     return meter
@@ -58,9 +58,9 @@ def counters(meter: Meter) -> dict[str, float]:
 def test_steps_are_counted_and_placed() -> None:
     meter = observed(record(1), record(2), record(3, skipped=True, loss=None))
     counted, found = counters(meter), gauges(meter)
-    assert counted["steps_total"] == 3
-    assert counted["samples_total"] == 96
-    assert counted["tokens_total"] == 960
+    assert counted["steps_total"] == 3 + 2
+    assert counted["samples_total"] == 96 + 64
+    assert counted["tokens_total"] == 1600
     assert counted["skipped_steps_total"] == 1
     assert counted["repeated_samples_total"] == 64
     assert math.isnan(found["loss"])
