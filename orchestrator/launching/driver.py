@@ -322,9 +322,11 @@ def _train(
             member.here = None
             member.avoid(order.avoid)
             home.begin_anew()
+            teller.stands("waiting")
             again = _seat(order, shape, member, home, listener)
             if again is None:
                 return {**WAITED, "last": ended.last}
+            teller.stands("starting")
             order = again
 
 

@@ -52,6 +52,11 @@ class Teller:
         if stepped and self._state != "restarting":
             self._state = "running"
 
+    def stands(self, state: str) -> None:
+        """Say what the run does between two attempts: "waiting" for its fleet, or "starting"."""
+        self._fold()  # steps of the attempt before are no sign of the next
+        self._state = state
+
     def address(self) -> str | None:
         """Host and port where the run's metrics are served; said once, when it is known."""
         if self._told or self._client.address is None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.telemetry.rules import RUNNING
+
 __all__ = ["DASHBOARDS", "Dashboard", "Panel", "Row", "expressions", "render"]
 
 COLUMNS = 24
@@ -77,8 +79,8 @@ FLEET = Dashboard(
                     'sum(orchestrator_run_state{state=~"restarting|failed"})',
                     thresholds=((None, "green"), (1, "red")),
                 ),
-                _stat("Workers", "Workers of all runs.", "sum(orchestrator_workers)"),
-                _stat("Samples/s", "Of all runs together.", "sum(orchestrator_samples_per_second)"),
+                _stat("Workers", "Of all runs that take steps.", f"sum(orchestrator_workers {RUNNING})"),
+                _stat("Samples/s", "Of all runs together.", f"sum(orchestrator_samples_per_second {RUNNING})"),
                 _stat(
                     "Goodput ratio",
                     "Mean share of the wall time that became steps that count.",
@@ -109,11 +111,17 @@ FLEET = Dashboard(
                 Panel(
                     "Samples/s by run",
                     "Over about 10 s.",
-                    {"{{run}}": "orchestrator_samples_per_second"},
+                    {"{{run}}": f"orchestrator_samples_per_second {RUNNING}"},
                     "short",
                     low=0,
                 ),
-                Panel("Time left", "At the present speed.", {"{{run}}": "orchestrator_eta_seconds"}, "s", low=0),
+                Panel(
+                    "Time left",
+                    "At the present speed.",
+                    {"{{run}}": f"orchestrator_eta_seconds {RUNNING}"},
+                    "s",
+                    low=0,
+                ),
                 Panel(
                     "Goodput ratio by run",
                     "Steps that count over wall time.",

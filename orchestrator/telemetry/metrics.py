@@ -22,8 +22,8 @@ __all__ = [
 PREFIX = "orchestrator_"
 PARTS = ("data_wait", "forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "other")
 """Where a worker's time goes; together they are its wall time."""
-STATES = ("starting", "running", "restarting", "finished", "stopped", "failed")
-"""What a run is doing, as its driver sees it."""
+STATES = ("waiting", "starting", "running", "restarting", "finished", "stopped", "failed")
+"""What a run is doing, as its driver sees it; it waits while its fleet gives it no devices any more."""
 ASKED_FOR = ("stopped", "resized", "preempted_by_the_fleet")
 """What ends an attempt on purpose: its user, its own elasticity, or the fleet."""
 PLANNED_RESTARTS = (*ASKED_FOR, "preempted")

@@ -133,6 +133,7 @@ def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
     page = metrics(shared.said("a"))
     assert page[moved] == seen["b"]["devices"]
     assert page['orchestrator_fleet_devices{queue="team-a",run="a"}'] == 0.0
+    assert page['orchestrator_run_state{run="a",state="waiting"}'] == 1.0
     assert page["orchestrator_fleet_capacity_devices"] == 2.0
     assert page["orchestrator_fleet_moves_total"] >= 1.0
     of_the_fleet = {name for metric in TABLE if metric.source == "fleet" for name in metric.series}
