@@ -8,8 +8,8 @@
    (all of it), as in Qiao et al. 2021 (arXiv:2008.12260, equations 8 to 11).
 4. Fit: least squares on the logarithms of T_acc and T_step, which makes twice too slow as bad as twice too fast.
    T_acc counts twice: a step contains it a times. Parameters are positive (their logarithms are fitted) and drawn
-   weakly (``RIDGE``) to what a look at the data suggests, so that one timing is enough for a cautious answer. Four
-   starts.
+   weakly (``RIDGE``) to what a look at the data suggests, so that one timing is enough for a cautious answer. Of four
+   starts the two nearest are followed.
 5. What the form misses near a timing (a kernel that changes at some size, a slow node) is added by interpolating the
    residuals, with a Gaussian kernel that reaches a factor of 2 (``REACH``) in micro batch, workers and nodes. So a
    timed configuration is answered with its timing, its neighbours lean on it, and the rest is the form. Nothing is
@@ -41,10 +41,12 @@ REACH = float(np.log(2.0))
 RESIDUAL, TIMING_ERROR = 0.3, 0.02
 """Standard deviations, relative: of the form's error, and of a timing."""
 LARGEST_OVERLAP = 10.0
-TOLERANCE = 1e-6
+TOLERANCE = 1e-3
 DIFFERENCE = float(np.sqrt(np.finfo(float).eps))
 STARTS = ((0.0, 0.5), (-2.0, 0.5), (2.0, 0.1), (0.0, 0.9))
 """Overlap (0 is halfway) and share of a micro batch's time that does not depend on its size."""
+REFINED = 2
+"""Starts that are followed to their end: those that are nearest at their beginning."""
 KEPT_STEPS = 16
 WARM_UP_STEPS = 2
 LEVEL_STEPS = 8
@@ -150,8 +152,8 @@ def fit_step_time(timings: Iterable[StepTiming]) -> StepTimeModel:
         if not 0.0 < timing.accumulation_time_s <= timing.step_time_s < np.inf or timing.micro_batch <= 0:
             raise ValueError(f"not a timing: {timing}")
     columns = np.array([[t.nodes, t.workers, t.micro_batch, t.accumulation_time_s, t.step_time_s] for t in found]).T
-    fits = [_fit_from(columns, *start) for start in STARTS]
-    parameters = min(fits, key=lambda fit: float(fit.cost)).x
+    starts = sorted((_Start(columns, *start) for start in STARTS), key=lambda start: start.cost)
+    parameters = min((start.fit() for start in starts[:REFINED]), key=lambda fit: float(fit.cost)).x
     nodes, workers, sizes, accumulated, step = columns
     form = _form(parameters, nodes, workers, sizes)
     centres = np.log(np.array([sizes, workers, nodes])).T / REACH
@@ -198,37 +200,45 @@ def step_parts(
     return accumulated * np.exp(residuals[0]), step * np.exp(residuals[1])
 
 
-def _fit_from(columns: Array, overlap: float, constant: float) -> Any:
+class _Start:
     """Least squares from one start; ``constant`` is the share of T_acc that does not depend on the micro batch."""
-    nodes, workers, sizes, accumulated, step = columns
-    network = np.maximum(step - accumulated, 1e-3 * step)
-    typical = float(np.median(network[workers > 1])) if (workers > 1).any() else 0.1 * float(np.median(accumulated))
-    guesses = [
-        constant * accumulated.min(),
-        float(np.median(accumulated / sizes)) * (1.0 - constant / 2.0),
-        *(typical / part for part in (3.0, 3.0, 9.0)),
-        *(typical / part for part in (3.0, 3.0, 9.0)),
-    ]
-    prior = np.append(np.log(guesses), overlap)
 
-    def misses(parameters: Array) -> Array:
+    def __init__(self, columns: Array, overlap: float, constant: float) -> None:
+        self._columns = columns
+        _, workers, sizes, accumulated, step = columns
+        network = np.maximum(step - accumulated, 1e-3 * step)
+        typical = float(np.median(network[workers > 1])) if (workers > 1).any() else 0.1 * float(np.median(accumulated))
+        guesses = [
+            constant * accumulated.min(),
+            float(np.median(accumulated / sizes)) * (1.0 - constant / 2.0),
+            *(typical / part for part in (3.0, 3.0, 9.0)),
+            *(typical / part for part in (3.0, 3.0, 9.0)),
+        ]
+        self._prior = np.append(np.log(guesses), overlap)
+        self.cost = float((self._misses(self._prior) ** 2).sum())
+        """Before anything is fitted."""
+
+    def fit(self) -> Any:
+        """Levenberg-Marquardt; digits that timings do not have are left out, since a run waits for this."""
+        tolerance = {"ftol": TOLERANCE, "xtol": TOLERANCE, "max_nfev": 200}
+        return least_squares(self._residuals, self._prior, jac=self._slopes, method="lm", **tolerance)
+
+    def _misses(self, parameters: Array) -> Array:
+        nodes, workers, sizes, accumulated, step = self._columns
         of_accumulation, of_step = _form(parameters, nodes, workers, sizes)
         found = [ACCUMULATION_WEIGHT * np.log(of_accumulation / accumulated), np.log(of_step / step)]
         return np.concatenate(found, axis=-1)
 
-    def residuals(parameters: Array) -> Array:
-        return np.concatenate([misses(parameters), RIDGE * (parameters - prior)])
+    def _residuals(self, parameters: Array) -> Array:
+        return np.concatenate([self._misses(parameters), RIDGE * (parameters - self._prior)])
 
-    def slopes(parameters: Array) -> Array:
+    def _slopes(self, parameters: Array) -> Array:
         """Forward differences, all in one call: a call for each costs ten times as much."""
         forward = parameters + DIFFERENCE * np.copysign(np.maximum(1.0, np.abs(parameters)), parameters)
         difference = forward - parameters  # as it is in floating point
         moved = np.column_stack([parameters, parameters[:, None] + np.diag(difference)])  # [9, 1 + 9]
-        found = misses(moved[:, :, None])
+        found = self._misses(moved[:, :, None])
         return np.concatenate([(found[1:] - found[0]).T / difference, RIDGE * np.eye(len(parameters))])
-
-    # Levenberg-Marquardt, and digits that timings do not have are left out: a run waits for this.
-    return least_squares(residuals, prior, jac=slopes, method="lm", ftol=TOLERANCE, xtol=TOLERANCE, max_nfev=200)
 
 
 def _form(parameters: Array, nodes: ArrayLike, workers: ArrayLike, sizes: Array) -> tuple[Array, Array]:
@@ -264,15 +274,15 @@ class LayoutTimes:
     pace: float = 1.0
     """The machine's when the latest of them was taken."""
 
-    def after(self, step_time_s: float | None, micro_batch_time_s: float | None) -> LayoutTimes:
-        """With one more step, or with its micro batches' time alone."""
+    def after(self, step_time_s: float | None, micro_batch_time_s: float | None, pace: float) -> LayoutTimes:
+        """With one more step, or with its micro batches' time alone, at the machine's ``pace``."""
         steps, parts = self.step_times_s, self.micro_batch_times_s
         if step_time_s is not None:
             steps = (*steps, step_time_s)[-KEPT_STEPS:]
         if micro_batch_time_s is not None:
             parts = (*parts, micro_batch_time_s)[-KEPT_STEPS:]
         counted = self.steps + (step_time_s is not None)
-        return replace(self, steps=counted, step_times_s=steps, micro_batch_times_s=parts)
+        return LayoutTimes(*self.place, self.accumulation, counted, steps, parts, pace)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -311,14 +321,16 @@ class StepTimes:
             return StepTimes(self.layouts, key, in_a_row, self.pace)
         known = self._of(key) if in_a_row > WARM_UP_STEPS + 1 else None
         others = tuple(layout for layout in self.layouts if (*layout.place, layout.accumulation) != key)
-        known = (known or LayoutTimes(*key)).after(step_time_s, accumulation_time_s)
+        known = known or LayoutTimes(*key)
         level_s, pace = self.level_s, self.pace
-        if step_time_s is not None and known.steps == LEVEL_STEPS:
-            level_s = statistics.median(known.step_times_s)
-        elif step_time_s is not None and level_s:
+        levelled = step_time_s is not None and known.steps + 1 == LEVEL_STEPS
+        if step_time_s is not None and level_s and not levelled:
             change = min(max(step_time_s / level_s, 0.5), 2.0) - 1.0
             level_s, pace = level_s * (1.0 + change / LEVEL_MEMORY), pace * (1.0 + change / LEVEL_MEMORY)
-        return StepTimes((*others, replace(known, pace=pace)), key, in_a_row, pace, level_s)
+        known = known.after(step_time_s, accumulation_time_s, pace)
+        if levelled:
+            level_s = statistics.median(known.step_times_s)
+        return StepTimes((*others, known), key, in_a_row, pace, level_s)
 
     def count(self, *, nodes: int, workers: int, micro_batch: int, accumulation: int) -> int:
         """Steps of this layout that were timed, the warm-up not counted."""

@@ -23,7 +23,7 @@ al. 2018. An estimate made at a small batch is conservative for a large one, hen
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from orchestrator.config import Goodput
 from orchestrator.planning.layout import Layout
@@ -283,7 +283,7 @@ def _is_exploring(seen: Observation) -> bool:
 
 
 def _timed_steps(seen: Observation, layout: Layout) -> int:
-    return seen.times.count(nodes=seen.nodes, **asdict(layout))
+    return seen.times.count(nodes=seen.nodes, **vars(layout))
 
 
 def _halved(layout: Layout, reach: Reach) -> Layout | None:

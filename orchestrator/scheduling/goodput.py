@@ -8,7 +8,9 @@ space is small: it is enumerated, without a heuristic.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+import numpy as np
 
 from orchestrator.errors import ConfigError
 from orchestrator.planning.layout import Layout
@@ -72,12 +74,26 @@ def rated(
     model: StepTimeModel, noise_scale: float, reference_batch: int, nodes: int, layouts: Iterable[Layout]
 ) -> list[Alternative]:
     """Return ``layouts`` as predicted, best first; of equals the larger micro batch, then the smaller accumulation."""
-    found = [rate(model, noise_scale, reference_batch, nodes, layout) for layout in layouts]
+    by_workers: dict[int, list[Layout]] = {}
+    for layout in layouts:
+        by_workers.setdefault(layout.workers, []).append(layout)
+    found: list[Alternative] = []
+    for workers, ours in by_workers.items():  # all at once: one by one takes as long as a step of a small model
+        micro_batches, accumulations = np.array([(one.micro_batch, one.accumulation) for one in ours]).T
+        times = model.step_time_s(
+            nodes=nodes, workers=workers, micro_batch=micro_batches, accumulation=accumulations
+        ).tolist()
+        for layout, step_time_s in zip(ours, times, strict=True):
+            found.append(_alternative(layout, step_time_s, noise_scale, reference_batch))
     return sorted(found, key=lambda one: (-one.goodput, -one.layout.micro_batch, one.layout.accumulation))
 
 
 def rate(model: StepTimeModel, noise_scale: float, reference_batch: int, nodes: int, layout: Layout) -> Alternative:
     """Return ``layout`` as predicted."""
-    step_time_s = float(model.step_time_s(nodes=nodes, **asdict(layout)))
+    step_time_s = float(model.step_time_s(nodes=nodes, **vars(layout)))
+    return _alternative(layout, step_time_s, noise_scale, reference_batch)
+
+
+def _alternative(layout: Layout, step_time_s: float, noise_scale: float, reference_batch: int) -> Alternative:
     efficiency = float(statistical_efficiency(noise_scale, reference_batch, layout.global_batch))
     return Alternative(layout, step_time_s, efficiency, layout.global_batch / step_time_s * efficiency)

@@ -7,7 +7,7 @@ run are replayed.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.config import BatchPolicy
@@ -22,6 +22,8 @@ __all__ = ["History", "StepFacts"]
 SHORTEST_NOISE_INTERVAL = 2
 """A measured step is not timed, so every second one at least must not be measured."""
 LONGEST_NOISE_INTERVAL = 1000
+LEAST_STEP = 0.25
+"""Of a measured step that is the step itself, at least: its cost is not known exactly."""
 COST_MEMORY = 0.8
 """Weight of what was known of the cost of measuring, against the newest measurement."""
 
@@ -61,21 +63,20 @@ class History:
     """Changes that took an earlier one back, wholly or in part: a sign that what is measured is less certain than it
     looks."""
     noise_interval: int | None = None
-    """Steps between two measurements; None until the first has shown its cost."""
+    """Steps between two measurements; None until the first has shown its cost, or where that does not count."""
     noise_cost_s: float = 0.0
 
     def after(self, facts: StepFacts, policy: BatchPolicy) -> History:
         """The history with one more step."""
-        known = self._timed(facts)
-        if facts.noise_cost_s > 0.0:
-            known = known._measured(facts, policy)  # noqa: SLF001 - of the same class
+        times = self._timed(facts)
+        known = self._measured(facts, policy) if facts.noise_cost_s > 0.0 else self
         if not facts.finite:
-            return known
+            return replace(known, times=times)
         batch = facts.layout.global_batch
         change = self.change
         if change is not None:
             change = replace(change, deviation=change.deviation.after(facts.progress, facts.loss, batch))
-        return replace(known, trend=self.trend.after(facts.progress, facts.loss, batch), change=change)
+        return replace(known, times=times, trend=self.trend.after(facts.progress, facts.loss, batch), change=change)
 
     def changed(self, kind: Kind, step: int, progress: float, before: Layout, after: Layout) -> History:
         """The history once ``before`` has been left for ``after``, or found to be the right place to stay."""
@@ -108,29 +109,32 @@ class History:
         known = self.noise_cost_s
         cost = facts.noise_cost_s if known == 0.0 else COST_MEMORY * known + (1.0 - COST_MEMORY) * facts.noise_cost_s
         # The first measurement pays for what every first call pays.
-        step_s = max(facts.step_time_s - facts.noise_cost_s, 1e-9)
+        step_s = self.times.observed_step_time_s(nodes=facts.nodes, **vars(facts.layout))
+        if step_s is None:
+            step_s = max(facts.step_time_s - facts.noise_cost_s, LEAST_STEP * facts.step_time_s)
         wanted = math.ceil(cost / (policy.noise_cost * step_s))
-        interval = min(max(wanted, SHORTEST_NOISE_INTERVAL), LONGEST_NOISE_INTERVAL)
+        interval: int | None = min(max(wanted, SHORTEST_NOISE_INTERVAL), LONGEST_NOISE_INTERVAL)
+        if policy.noise_cost == 1.0:
+            interval = None
         if facts.noise is None:
             return replace(self, noise_cost_s=cost, noise_interval=interval)
         window = self.window.add(facts.noise)
         return replace(self, window=window, noise_scale=window.estimate(), noise_cost_s=cost, noise_interval=interval)
 
-    def _timed(self, facts: StepFacts) -> History:
+    def _timed(self, facts: StepFacts) -> StepTimes:
         """A measured step is longer than others and counts only for what it alone can tell apart: its backward pass."""
         layout, measured = facts.layout, facts.noise_cost_s > 0.0
         part = facts.micro_batch_time_s
         if measured and (part is None or layout.accumulation > 1 or layout.workers == 1):
-            return self
+            return self.times
         if measured and part is not None:
             part = max(part - facts.noise_cost_s, 0.0) or None
-        times = self.times.observe(
+        return self.times.observe(
             nodes=facts.nodes,
-            **asdict(layout),
+            **vars(layout),
             step_time_s=None if measured else facts.step_time_s,
             accumulation_time_s=part,
         )
-        return replace(self, times=times)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

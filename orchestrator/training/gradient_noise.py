@@ -27,6 +27,10 @@ from orchestrator.training.shares import Share
 
 __all__ = ["GradientNorms", "Preconditioner"]
 
+UNCOUNTED = 1.5
+"""How much longer a measured step takes than the seconds counted in here: autograd's way into Python, and caches that
+the norms have turned over. Measured: a ResNet's steps on two CPUs were 0.98 ms longer, with 0.64 ms counted."""
+
 
 class GradientNorms:
     """Sums over micro batches of the squared gradient norm of each parameter of ``module``.
@@ -35,14 +39,19 @@ class GradientNorms:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        started = time.perf_counter()
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         device = self._parameters[0].device
         self.sums = torch.zeros(len(self._parameters), dtype=torch.float64, device=device)
         self.micro_batches = 0
-        self.cost_s = 0.0
-        """Host seconds spent in here."""
         self._now: list[tuple[int, torch.Tensor]] = []
         self._last: Callable[[], None] = lambda: None
+        self._counted_s = time.perf_counter() - started
+
+    @property
+    def cost_s(self) -> float:
+        """Host seconds by which a step got longer, about."""
+        return UNCOUNTED * self._counted_s
 
     @contextmanager
     def hooked(self, after_each: Callable[[], None] = lambda: None) -> Iterator[GradientNorms]:
@@ -50,14 +59,14 @@ class GradientNorms:
         started = time.perf_counter()
         self._last = after_each
         handles = [p.register_hook(self._hook(index)) for index, p in enumerate(self._parameters)]
-        self.cost_s += time.perf_counter() - started
+        self._counted_s += time.perf_counter() - started
         try:
             yield self
         finally:
             started = time.perf_counter()
             for handle in handles:
                 handle.remove()
-            self.cost_s += time.perf_counter() - started
+            self._counted_s += time.perf_counter() - started
 
     def take(self, scale: float) -> None:
         """End a micro batch whose gradients were ``scale`` times those of its mean loss.
@@ -74,7 +83,7 @@ class GradientNorms:
             self.sums.index_add_(0, torch.tensor(indices, device=norms.device), norms.square().to(self.sums.device))
         self.micro_batches += 1
         self._now = []
-        self.cost_s += time.perf_counter() - started
+        self._counted_s += time.perf_counter() - started
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
@@ -83,7 +92,7 @@ class GradientNorms:
             # In fp32: squares of bf16 and fp16 lose what is small, or overflow.
             self._now.append((index, torch.linalg.vector_norm(values.detach(), dtype=torch.float32)))
             self._last()
-            self.cost_s += time.perf_counter() - started
+            self._counted_s += time.perf_counter() - started
 
         return hook
 

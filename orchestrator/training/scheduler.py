@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from orchestrator.config import RunConfig
 from orchestrator.planning.layout import Layout, refactor
@@ -67,7 +67,7 @@ class Scheduler:
         As many timed steps as the policy waits for: a layout is never left for a better one before it is measured.
         """
         times, layout = state.history.times, state.layout
-        where = {"nodes": self.plan.nodes, **asdict(layout)}
+        where = {"nodes": self.plan.nodes, **vars(layout)}
         just_known = before.history.times.count(**where) < TIMED_STEPS <= times.count(**where)
         if state.history.change is None or not just_known:
             return None

@@ -27,9 +27,23 @@ def facts(step: int, **fields: object) -> StepFacts:
 @pytest.mark.parametrize(("cost_s", "interval"), [(1e-5, 2), (4e-4, 2), (1.95e-3, 10), (0.02, 100), (1e3, 1000)])
 def test_measuring_is_as_frequent_as_its_cost_allows(cost_s: float, interval: int) -> None:
     """A step of 20 ms, of which 1 % may go."""
-    history = History().after(facts(10, noise=SAMPLE, noise_cost_s=cost_s, step_time_s=0.02 + cost_s), POLICY)
+    history = History()
+    for step in range(1, 10):
+        history = history.after(facts(step), POLICY)
+    history = history.after(facts(10, noise=SAMPLE, noise_cost_s=cost_s, step_time_s=0.02 + cost_s), POLICY)
     assert history.noise_interval == interval
     assert [step for step in range(1, 3001) if history.measures(step, POLICY)] == list(range(interval, 3001, interval))
+
+
+def test_before_a_step_has_been_timed_a_cost_above_the_step_does_not_put_measuring_off_for_long() -> None:
+    history = History().after(facts(1, noise=SAMPLE, noise_cost_s=0.03, step_time_s=0.02), POLICY)
+    assert history.noise_interval == 600
+
+
+def test_where_no_cost_counts_the_interval_stays() -> None:
+    policy = Goodput(noise_interval_steps=7, noise_cost=1.0)
+    history = History().after(facts(7, noise=SAMPLE, noise_cost_s=10.0, step_time_s=10.02), policy)
+    assert [step for step in range(1, 30) if history.measures(step, policy)] == [7, 14, 21, 28]
 
 
 def test_before_the_cost_is_known_every_tenth_step_is_measured() -> None:

@@ -88,9 +88,9 @@ def batch(layout: dict[str, int]) -> int:
 def test_stopped_amid_a_ramp_and_gone_on_is_the_run_left_alone(two: GlooGroup, tmp_path: Path, stage: int) -> None:
     """To the bit, in losses, rates and weights, though the noise is measured and beta2 and decay follow the batch.
 
-    The noise is measured at every tenth step here: how often is otherwise a question of time, which no two runs share.
+    The noise is measured at every fifth step here: how often is otherwise a question of time, which no two runs share.
     """
-    policy = RAMP.model_copy(update={"noise_interval_steps": 10, "noise_cost": 1.0})
+    policy = RAMP.model_copy(update={"noise_interval_steps": 5, "noise_cost": 1.0})
     runs = {}
     for name, stops in {"whole": [None], "parts": [17, 9, None]}.items():
         root, driver = new_run(tmp_path / name)
