@@ -1,7 +1,7 @@
 """Many runs on one cluster under each fleet policy: a discrete-event simulation over recorded step times.
 
-    python benchmarks/fleet_simulation.py FOLDER                           # eight workloads of 160 runs on 64 devices
-    python benchmarks/fleet_simulation.py FOLDER --cluster mixed           # three types of devices
+    python benchmarks/fleet_simulation.py FOLDER                # eight workloads of 160 runs on 64 devices of three types
+    python benchmarks/fleet_simulation.py FOLDER --cluster aws             # of one type
     python benchmarks/fleet_simulation.py FOLDER --seeds 1 --timeline F.svg  # a picture of one workload
 
 FOLDER holds steptime.csv (app, cluster, placement, local_bsz, step_time, sync_time: one digit of ``placement`` per
@@ -628,7 +628,7 @@ def main() -> int:
     """Simulate and print; the exit code says only whether it ran."""
     parser = argparse.ArgumentParser(description="Fleet policies over recorded step times.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cluster", choices=CLUSTERS, default="aws")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="mixed")
     parser.add_argument("--seeds", type=int, default=8, help="workloads")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--jobs", type=int, default=160)
