@@ -1,6 +1,6 @@
 """Many runs on one cluster under each fleet policy: a discrete-event simulation over recorded step times.
 
-    python benchmarks/fleet_simulation.py FOLDER                # eight workloads of 160 runs on 64 devices of three types
+    python benchmarks/fleet_simulation.py FOLDER                # eight workloads of 160 runs, 64 devices of three types
     python benchmarks/fleet_simulation.py FOLDER --cluster aws             # of one type
     python benchmarks/fleet_simulation.py FOLDER --seeds 1 --timeline F.svg  # a picture of one workload
 
