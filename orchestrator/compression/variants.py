@@ -12,7 +12,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -220,18 +221,28 @@ class Distilled(Variant):
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return ``share`` of the distance from the teacher's softened answer, and the rest of the base's loss.
 
-        The teacher sees the very inputs of the student, augmented alike (Beyer et al. 2022, arXiv:2106.05237).
+        The teacher sees the very inputs of the student, augmented alike (Beyer et al. 2022, arXiv:2106.05237). A model
+        that is given what is wanted and takes the loss itself is asked once more, as the metrics ask it.
         """
-        seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        handle = model.register_forward_hook(lambda _, args, output: seen.append((args, output)))
-        try:
+        with _heard(model) as calls:
             own = self.base.loss(model, batch)
-        finally:
-            handle.remove()
-        inputs, answer = seen[-1]
+            if calls[-1][1].ndim == 0:
+                self.base.metrics(model, batch)
+        inputs, answer = calls[-1]
         with torch.no_grad():
             wanted = _teacher(self.run, str(answer.device))(*inputs).float()
         return (1 - self.share) * own + self.share * softened_distance(answer.float(), wanted, self.temperature)
+
+
+@contextmanager
+def _heard(model: nn.Module) -> Iterator[list[tuple[tuple[Tensor, ...], Tensor]]]:
+    """What ``model`` is called with inside the context, and what it answers."""
+    calls: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    handle = model.register_forward_hook(lambda _, args, output: calls.append((args, output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def softened_distance(answer: Tensor, wanted: Tensor, temperature: float) -> Tensor:

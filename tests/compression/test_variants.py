@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.vision import digits
+from orchestrator.compression import variants
 from orchestrator.compression.measuring import evaluate_model
 from orchestrator.compression.pruning import plain
 from orchestrator.compression.trained import load_trained
@@ -147,6 +148,21 @@ def test_a_single_logit_is_one_of_two_classes() -> None:
     answer, wanted = torch.randn(6), torch.randn(6)
     pairs = [torch.stack((torch.zeros(6), x), dim=1) for x in (answer, wanted)]
     torch.testing.assert_close(softened_distance(answer, wanted, 2.0), softened_distance(pairs[0], pairs[1], 2.0))
+
+
+def test_a_model_that_takes_its_loss_itself_is_taught_by_what_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the GPT does."""
+    teacher, base = (load("jobs.language:gpt", [f"width={width}", "layers=1"]).task for width in (32, 16))
+    torch.manual_seed(0)
+    large, small = teacher.model(), base.model()
+    monkeypatch.setattr(variants, "_teacher", lambda *_: large.requires_grad_(requires_grad=False))
+    batch = {"text": torch.randint(0, 256, (3, 65), dtype=torch.uint8)}
+    seen = batch["text"].long()[:, :-1]
+    own, distance = base.loss(small, batch), softened_distance(small(seen), large(seen), 2.0)
+    taught = Distilled(base, "", temperature=2.0, share=0.7).loss(small, batch)
+    torch.testing.assert_close(taught, 0.3 * own + 0.7 * distance)
+    gradients = [torch.autograd.grad(each, list(small.parameters())) for each in (taught, 0.3 * own + 0.7 * distance)]
+    torch.testing.assert_close(*gradients)
 
 
 # -- how good they become ----------------------------------------------------------------------
