@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ def students(folder: Path, name: str, teacher: str, seeds: int) -> Iterator[str]
     """The same student alone and distilled, for the same number of epochs, over some seeds."""
     subject = SUBJECTS[name]
     runs = [run for seed in range(seeds) for run in _pair(folder, name, teacher, seed)]
+    for earlier in [*folder.glob("alone-*"), *folder.glob("taught-*")]:  # of a benchmark that was broken off
+        shutil.rmtree(earlier)
     train(runs, folder / "students.json")
     yield ""
     yield f"A student ({', '.join(subject.student)}) for {subject.epochs:g} epochs, alone and distilled:"
