@@ -319,8 +319,7 @@ class BatchPolicy(Part):
     noise_interval_steps: PositiveInt = 10
     """Measure the gradient noise every so many steps at first; then as often as noise_cost allows."""
     noise_cost: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
-    """Share of the time of a step that measuring the gradient noise may take on average; 1: any, so that the interval
-    stays."""
+    """Share of a step's time that measuring the gradient noise may take on average; 1: any, and the interval stays."""
     noise_preconditioned: bool = False
     """Measure the noise as Adam's update sees it, each parameter tensor over the root of its mean second moment."""
 
