@@ -33,25 +33,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is made small: a job, its student, for how long and how that is taught, and the metrics to show."""
+    """What is made small: a job, its student, for how long that learns, and the metrics to show."""
 
     job: str
     student: tuple[str, ...]
     epochs: float
     metrics: tuple[str, ...]
-    taught: tuple[str, ...] = ()
 
 
 SUBJECTS = {
     # After the twelve epochs of the recipe the student is as good as its teacher by itself.
     "digits": Subject("jobs.vision:digits", ("width=16",), 5, ("accuracy",)),
-    "gpt": Subject(
-        "jobs.language:gpt",
-        ("width=32", "layers=3"),
-        0.4,
-        ("accuracy", "bits_per_byte"),
-        ("temperature=1", "share=0.5"),
-    ),
+    "gpt": Subject("jobs.language:gpt", ("width=32", "layers=3"), 0.4, ("accuracy", "bits_per_byte")),
 }
 
 
@@ -112,8 +105,7 @@ def students(folder: Path, name: str, teacher: str, seeds: int) -> Iterator[str]
         shutil.rmtree(earlier)
     train(runs, folder / "students.json")
     yield ""
-    how = ", ".join(subject.taught) or "as it is by default"
-    yield f"A student ({', '.join(subject.student)}) for {subject.epochs:g} epochs, alone and distilled ({how}):"
+    yield f"A student ({', '.join(subject.student)}) for {subject.epochs:g} epochs, alone and distilled:"
     yield ""
     yield f"| seed | {' | '.join(f'{metric}, alone | distilled' for metric in subject.metrics)} |"
     yield "| --- | " + " | ".join(["---:"] * (2 * len(subject.metrics))) + " |"
@@ -139,7 +131,7 @@ def _pair(folder: Path, name: str, teacher: str, seed: int) -> list[dict[str, An
     subject = SUBJECTS[name]
     length = f"epochs={subject.epochs:g}"
     alone = [f"data={folder / name}", *subject.student, length]
-    taught = [f"run={teacher}", f"student={','.join(subject.student)}", *subject.taught, length]
+    taught = [f"run={teacher}", f"student={','.join(subject.student)}", length]
     return [
         {"job": subject.job, "args": alone, "overrides": overrides("alone")},
         {"job": "orchestrator.compression.variants:distilled", "args": taught, "overrides": overrides("taught")},

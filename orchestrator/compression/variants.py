@@ -81,7 +81,7 @@ def quantization_aware(run: str, epochs: float = 0.0) -> Job:
 
 
 def distilled(
-    run: str, student: tuple[str, ...], temperature: float = 4.0, share: float = 0.9, epochs: float = 0.0
+    run: str, student: tuple[str, ...], temperature: float = 2.0, share: float = 0.5, epochs: float = 0.0
 ) -> Job:
     """Train a smaller model of ``run``'s job to answer as its trained one does (Hinton et al. 2015, arXiv:1503.02531).
 
@@ -215,8 +215,8 @@ class QuantizationAware(Variant):
 class Distilled(Variant):
     """``base``, a smaller model of the same job, which learns from the one that ``run`` has trained."""
 
-    temperature: float = 4.0
-    share: float = 0.9
+    temperature: float = 2.0
+    share: float = 0.5
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return ``share`` of the distance from the teacher's softened answer, and the rest of the base's loss.

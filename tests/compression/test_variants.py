@@ -75,7 +75,7 @@ def test_another_request_or_checkpoint_is_another_run_and_the_same_is_found_agai
         ("pruned", "sparsity=0.5", "pattern=2:4"),
         ("distilled", "student=width=8"),
         ("distilled", "student=width=4"),
-        ("distilled", "student=width=8", "temperature=2"),
+        ("distilled", "student=width=8", "temperature=3"),
     ]
     names = [name(*request) for request in requests]
     assert [name(*request) for request in requests] == names
