@@ -35,7 +35,7 @@ def test_measuring_is_as_frequent_as_its_cost_allows(cost_s: float, interval: in
     assert [step for step in range(1, 3001) if history.measures(step, POLICY)] == list(range(interval, 3001, interval))
 
 
-def test_before_a_step_has_been_timed_a_cost_above_the_step_does_not_put_measuring_off_for_long() -> None:
+def test_before_a_step_has_been_timed_a_quarter_of_a_measured_one_is_taken_to_be_its_own() -> None:
     history = History().after(facts(1, noise=SAMPLE, noise_cost_s=0.03, step_time_s=0.02), POLICY)
     assert history.noise_interval == 600
 
