@@ -636,7 +636,8 @@ def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> Obs
     """Train, published to a board."""
     board = Board(ttl_s=60.0)
     run = _training(config, task, RunFolder(root), driver, None)
-    publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=0.05)
+    # One snapshot, the farewell: its gauges are means over all steps, where those of a moment hang on a single one.
+    publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=3600.0)
     changes: dict[str, Any] = {
         "recorder": Recorder(
             RunFolder(root), run.checkpoints.fence, run.plan, rank=dist.get_rank(), attempt=1, publisher=publisher
