@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import s3_server
 
-# The machine is shared: how long one example takes says nothing.
-settings.register_profile("orchestrator", deadline=None)
+# The machine is shared: how long an example takes, or is drawn, says nothing.
+settings.register_profile("orchestrator", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("orchestrator")
 
 
