@@ -586,6 +586,24 @@ class Slow(Toy):
             time.sleep(self.SLEEP_S)
 
 
+@dataclasses.dataclass(frozen=True)
+class Held(Toy):
+    """Waits, at the loss of each number, until the file that goes with it is there."""
+
+    until: Mapping[int, Path] = dataclasses.field(default_factory=dict)
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append(1)
+        time.sleep(0.02)
+        if (file := self.until.get(len(self.calls))) is not None:
+            ends_at = time.monotonic() + 240.0
+            while not file.exists():
+                assert time.monotonic() < ends_at, file
+                time.sleep(0.02)
+        return super().loss(model, batch)
+
+
 class SlowCheckpoints(Checkpoints):
     """A store that takes its time."""
 
