@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,12 @@ def losses(folder: Path) -> list[float]:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(record["step"] >= step for record in records(folder)):
+    wait_for(lambda: any(record["step"] >= step for record in records(folder)), process)
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -82,8 +86,8 @@ def end_family(*processes: subprocess.Popen[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     for process in processes:
-        process.wait(30)
-    wait_for_end(family, 30)
+        process.wait(TIMEOUT_S)
+    wait_for_end(family, TIMEOUT_S)
 
 
 def wait_for_end(family: Iterable[psutil.Process], seconds: float) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import s3_server
 
-# The machine is shared: how long one example takes says nothing.
-settings.register_profile("orchestrator", deadline=None)
+# The machine is shared: how long an example takes, or is drawn, says nothing.
+settings.register_profile("orchestrator", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("orchestrator")
 
 
@@ -83,6 +84,13 @@ def no_gpu() -> str | None:
 
 
 WHY_NOT: dict[str, Callable[[], str | None]] = {"gpu": no_gpu, "s3": s3_server.no_weed}
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """What a test draws from torch hangs on itself, not on the tests that this process ran before it."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

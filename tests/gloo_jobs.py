@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ from orchestrator.scheduling.policy import make_policy
 from orchestrator.storage.fence import DriverLock, Fence
 from orchestrator.storage.folder import RunFolder
 from orchestrator.telemetry.hub import Board
-from orchestrator.telemetry.meter import Snapshot
+from orchestrator.telemetry.meter import Meter, Snapshot
+from orchestrator.telemetry.metrics import PARTS
+from orchestrator.telemetry.observing import observe_parts
 from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.buffers import averaged, local_buffers
 from orchestrator.training.checkpoint import Checkpoints
@@ -568,7 +571,7 @@ class Slow(Toy):
 
     where: str = ""
     rank: int = 0
-    SLEEP_S = 0.05
+    SLEEP_S = 0.1
 
     def take(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
         self.sleep("data")
@@ -581,6 +584,24 @@ class Slow(Toy):
     def sleep(self, where: str) -> None:
         if where == self.where and dist.get_rank() == self.rank:
             time.sleep(self.SLEEP_S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(Toy):
+    """Waits, at the loss of each number, until the file that goes with it is there."""
+
+    until: Mapping[int, Path] = dataclasses.field(default_factory=dict)
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append(1)
+        time.sleep(0.02)
+        if (file := self.until.get(len(self.calls))) is not None:
+            ends_at = time.monotonic() + 240.0
+            while not file.exists():
+                assert time.monotonic() < ends_at, file
+                time.sleep(0.02)
+        return super().loss(model, batch)
 
 
 class SlowCheckpoints(Checkpoints):
@@ -624,41 +645,76 @@ def looking_loop(config: RunConfig, task: Looking, root: Path, driver: str) -> l
     return task.seen
 
 
+class KeepingRecorder(Recorder):
+    """Remembers the seconds by part of each step, and of what came after the last."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.laps: list[Mapping[str, float]] = []
+        self.rests: list[Mapping[str, float]] = []
+
+    def step(self, state: TrainState, stats: StepStats, parts: Mapping[str, float] | None = None, *more: Any) -> None:
+        self.laps.append(parts or {})
+        super().step(state, stats, parts, *more)
+
+    def rest(self, parts: Mapping[str, float] | None) -> None:
+        self.rests.append(parts or {})
+        super().rest(parts)
+
+
 class Observed(NamedTuple):
-    """What one rank's telemetry said of the loop: its seconds by part, its wall time, and its last snapshot."""
+    """What one rank's telemetry said of the loop: its seconds by part, its wall time, and what is usual.
+
+    A busy machine may hold up any single step for seconds. So ``usual`` is what the telemetry would have said if all
+    steps had been as the median is, in each part but checkpoints, which few steps have.
+    """
 
     parts: dict[str, float]
     wall_s: float
-    snapshot: Snapshot
+    usual: Snapshot
 
 
 def observed_loop(config: RunConfig, task: Slow, root: Path, driver: str) -> Observed:
     """Train, published to a board."""
     board = Board(ttl_s=60.0)
     run = _training(config, task, RunFolder(root), driver, None)
-    # One snapshot, the farewell: its gauges are means over all steps, where those of a moment hang on a single one.
+    # One snapshot is told of, the farewell, and it is waited for.
     publisher = Publisher(board.take, run=config.name, source=str(dist.get_rank()), attempt=1, interval_s=3600.0)
-    changes: dict[str, Any] = {
-        "recorder": Recorder(
-            RunFolder(root), run.checkpoints.fence, run.plan, rank=dist.get_rank(), attempt=1, publisher=publisher
-        )
-    }
+    recorder = KeepingRecorder(
+        RunFolder(root), run.checkpoints.fence, run.plan, rank=dist.get_rank(), attempt=1, publisher=publisher
+    )
+    changes: dict[str, Any] = {"recorder": recorder}
     if task.where == "data":
         changes["train_set"] = _Taking(task)
     if task.where == "store":
         changes["checkpoints"] = SlowCheckpoints(**vars(run.checkpoints))
-    run.engine.clock.lap()
-    started = time.perf_counter()
+    clock = run.engine.clock
+    clock.lap()
+    # From the clock's own first mark to its last: between a mark and another look at the time this process may rest.
+    started = clock._since
     try:
         train(dataclasses.replace(run, **changes))
     finally:
-        took = time.perf_counter() - started
-        publisher.close()
+        with mock.patch("orchestrator.telemetry.publisher.FAREWELL_S", 300.0):
+            publisher.close()
         run.checkpoints.fence.release()
     last = next(iter(board._held.values())).snapshot
-    seconds = last.own.counters.items()
-    parts = {labels[0]: s for (name, labels), s in seconds if name == "orchestrator_rank_seconds_total"}
-    return Observed(parts, took, last)
+    return Observed(parts_of(last), clock._since - started, _usual(recorder, last))
+
+
+def parts_of(snapshot: Snapshot) -> dict[str, float]:
+    """The rank's seconds by part."""
+    seconds = snapshot.own.counters.items()
+    return {labels[0]: s for (name, labels), s in seconds if name == "orchestrator_rank_seconds_total"}
+
+
+def _usual(recorder: KeepingRecorder, last: Snapshot) -> Snapshot:
+    laps, meter = recorder.laps, Meter()
+    usual = {part: statistics.median(lap.get(part, 0.0) for lap in laps) for part in PARTS}
+    usual["checkpoint"] = sum(lap.get("checkpoint", 0.0) for lap in [*laps, *recorder.rests]) / len(laps)
+    for _ in laps:
+        observe_parts(meter, usual)
+    return dataclasses.replace(last, own=meter.counted(), gauges=meter.gauges(), leaving=False)
 
 
 @dataclasses.dataclass(frozen=True)

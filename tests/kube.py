@@ -26,7 +26,7 @@ from ports import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "orchestrator"
-READY_S = 90.0
+READY_S = 240.0
 APIS = ("ray.io/v1", "monitoring.coreos.com/v1", "policy/v1")
 
 
@@ -215,7 +215,7 @@ def _wait_ready(url: str, token: str, started: list[subprocess.Popen[bytes]], fo
     deadline = time.monotonic() + READY_S
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=5, context=context) as answer:
+            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
                 if answer.status == 200:
                     return
         except (OSError, urllib.error.URLError):

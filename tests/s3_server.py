@@ -23,7 +23,7 @@ from ports import free_port
 BUCKET = "bucket"
 KEY, SECRET = "test-key", "test-secret"
 READER, READER_SECRET = "reader-key", "reader-secret"
-START_S = 90.0
+START_S = 240.0
 
 
 def weed_binary() -> str | None:

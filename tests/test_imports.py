@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import resource
 import subprocess
 import sys
 
@@ -12,7 +11,8 @@ import pytest
 import orchestrator
 
 HEAVY = {"boto3", "deepspeed", "prometheus_client", "pyarrow", "ray", "sklearn", "torch"}
-START_LIMIT_S = 0.5
+MOST_MODULES = {"-c": 60, "-m": 450}
+"""That a start imports, Python's own 25 included: a measure of its half a second that no machine's speed changes."""
 PURE = ["fleet", "planning", "scheduling"]
 EXEMPT = {"orchestrator.planning.profile"}  # traces the model with torch
 
@@ -27,8 +27,8 @@ def test_help_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("-c", "import orchestrator"), ("-m", "orchestrator", "--help")], ids=" ".join)
-def test_starting_takes_less_than_half_a_second(arguments: tuple[str, ...]) -> None:
-    assert min(seconds_of(*arguments) for _ in range(3)) < START_LIMIT_S
+def test_a_start_imports_little(arguments: tuple[str, ...]) -> None:
+    assert len(imported_by(*arguments)) < MOST_MODULES[arguments[0]]
 
 
 def test_the_config_and_the_job_load_no_framework() -> None:
@@ -43,21 +43,18 @@ def test_the_parts_that_only_compute_load_no_framework() -> None:
 
 def loaded_after(*arguments: str) -> set[str]:
     """Top-level names of every module that ``python ARGUMENTS`` imported."""
+    return {name.partition(".")[0] for name in imported_by(*arguments)}
+
+
+def imported_by(*arguments: str) -> list[str]:
+    """Every module that ``python ARGUMENTS`` imported."""
     stderr = run("-X", "importtime", *arguments).stderr
     lines = [line for line in stderr.splitlines() if line.startswith("import time:")]
-    return {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in lines}
-
-
-def seconds_of(*arguments: str) -> float:
-    """Of processor time: what else the machine does is not counted."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run(*arguments)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return [line.rsplit("|", 1)[1].strip() for line in lines]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

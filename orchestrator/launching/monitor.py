@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -124,6 +125,8 @@ def down(folder: Path) -> Monitor:
         process.wait(STOP_S)
     except psutil.TimeoutExpired:
         process.kill()
+        with contextlib.suppress(psutil.TimeoutExpired):  # who started it may never ask how it ended
+            process.wait(STOP_S)
     (folder / NOTE).unlink(missing_ok=True)
     (targets_folder() / GIVEN).unlink(missing_ok=True)
     return running

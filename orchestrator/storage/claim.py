@@ -162,9 +162,10 @@ def _is_gone(store: Store, number: int, waiting: Callable[[str], None], lease_s:
     if seen["place"] == _place():
         return not _runs(*seen["process"])
     waiting(f"{seen['who']} owned this run: watching for {lease_s:.0f} s whether it lives")
-    deadline = time.monotonic() + lease_s
-    while time.monotonic() < deadline:
+    deadline, over = time.monotonic() + lease_s, False
+    while not over:
         time.sleep(min(1.0, lease_s / 4))
+        over = time.monotonic() >= deadline  # before the last look: who was held up itself has seen nothing meanwhile
         now = _read(store, number)
         if now is None or now["released"]:
             return True

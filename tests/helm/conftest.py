@@ -16,7 +16,7 @@ from kube import Tools
 
 def wait_for_crds(tools: Tools) -> None:
     """Until the server serves them. On a new one kubectl gives up at once: it finds no conditions to look through."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while (waited := tools("kubectl", "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")).code:
         assert time.monotonic() < deadline, waited.err
         time.sleep(0.5)

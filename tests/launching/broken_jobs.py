@@ -1,4 +1,4 @@
-"""Jobs that go wrong while they run; imported by name in the tests' own runs."""
+"""Jobs that go wrong while they run, or wait for a test; imported by name in the tests' own runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jobs.vision import MlpTask, mlp
+from jobs.vision import DigitsTask, MlpTask, digits, mlp
 from orchestrator.job import Job
+from orchestrator.storage.folder import RunFolder
 
 WRONG_AT = 30
 HUNG = Path("hung-once")
@@ -73,6 +74,50 @@ def unlucky() -> Job:
 
 def nan() -> Job:
     return _with(NanTask, "nan")
+
+
+HELD_AT = 70
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldTask(DigitsTask):
+    """The same, but while the file ``hold`` lies in ``place`` it ends by no speed of this machine.
+
+    Its 70th step waits until ``run`` is asked to stop; or each of its micro batches takes ``wait_s``.
+    """
+
+    place: str = ""
+    run: str = "digits"
+    wait_s: float = 0.0
+    calls: ClassVar[list[int]] = []
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        hold, stop = Path(self.place, "hold"), RunFolder(Path(self.place, "runs", self.run)).stop_request
+        if model.training and dist.is_initialized() and hold.exists():
+            self.calls.append(1)
+            time.sleep(self.wait_s)
+            while not self.wait_s and len(self.calls) == HELD_AT and hold.exists() and not stop.exists():
+                time.sleep(0.02)
+        return super().loss(model, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldMlpTask(MlpTask, HeldTask):
+    """The MLP, held in the same way."""
+
+
+def held(place: str, wait_s: float = 0.0) -> Job:
+    """The digits."""
+    parent = digits()
+    task = HeldTask(**vars(parent.task), place=place, wait_s=wait_s)
+    return dataclasses.replace(parent, task=task)
+
+
+def held_mlp(place: str, wait_s: float = 0.0) -> Job:
+    """Their MLP."""
+    parent = mlp()
+    task = HeldMlpTask(**vars(parent.task), place=place, run=parent.config.name, wait_s=wait_s)
+    return dataclasses.replace(parent, task=task)
 
 
 def _with(kind: type[MlpTask], name: str) -> Job:

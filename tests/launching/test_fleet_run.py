@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from orchestrator.telemetry.metrics import TABLE
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RAY = str(Path(sys.executable).with_name("ray"))
-JOB = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=60", "--set", "policy.name=fixed")
+JOB = ("broken_jobs:held_mlp", "--arg", "wait_s=0.2", "--set", "recipe.stop.epochs=60", "--set", "policy.name=fixed")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class Shared:
             )
 
     def run(self, name: str, workers: str, *more: str) -> subprocess.Popen[str]:
+        """Its steps take so long that it ends by itself only once ``hold`` is gone."""
+        (self.folder / "hold").touch()
+        place = ("--arg", f"place={self.folder}")
         settings = ("--set", f"name={name}", "--set", f"scale.workers={workers}", "--set", "fleet.policy=fifo", *more)
-        return self.command("run", *JOB, *settings, "--queue", "team-a", "--json", name=name)
+        return self.command("run", *JOB, *place, *settings, "--queue", "team-a", "--json", name=name)
 
     def queue(self, *words: str) -> Ended:
         process = self.command("queue", *words, "--json", name="queue")
@@ -66,7 +70,12 @@ class Shared:
 
     def workers(self) -> list[psutil.Process]:
         family = (child for node in self.nodes for child in psutil.Process(node.pid).children(recursive=True))
-        return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+        found = []
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,7 @@ def test_runs_wait_are_paused_go_on_and_are_stopped(shared: Shared) -> None:
     assert (b.returncode, ended["state"]) == (1, "stopped")
     assert ended["checkpoint"] is not None
     assert list(rows(shared.queue("resume", "a"))) == ["a"]
+    (shared.folder / "hold").unlink()
     finished = json.loads(a.communicate(timeout=TIMEOUT_S)[0])
     assert (a.returncode, finished["state"]) == (0, "finished")
     assert len(losses(shared.folder / "runs" / "a")) == finished["step"] > before
@@ -165,7 +175,8 @@ def test_a_node_on_which_workers_die_again_is_left_for_another(shared: Shared) -
     for attempt in (1, 2):
         wait_until(lambda n=attempt: shared.attempt("sick") == n)  # type: ignore[misc]
         for worker in shared.workers():
-            worker.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         wait_until(lambda n=attempt: len(records(run, "failures.jsonl")) == n)  # type: ignore[misc]
     wait_until(lambda: shared.attempt("sick") == 3)
     sick.send_signal(signal.SIGTERM)
@@ -182,6 +193,6 @@ def test_a_node_on_which_workers_die_again_is_left_for_another(shared: Shared) -
 def metrics(said: str) -> dict[str, float]:
     """The hub's page, found as a person would: by what the run says."""
     where = next(word for word in said.split() if word.startswith("http://") and word.endswith("/metrics"))
-    with urllib.request.urlopen(where, timeout=10) as answer:
+    with urllib.request.urlopen(where, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}

@@ -177,8 +177,9 @@ def test_each_time_that_its_name_is_taken_a_run_asks_again_for_a_while(
 
     def hears(seat: Seat, now_s: float) -> Allocation | None:
         answers.append(seat)
-        ends_at = time.monotonic() + 10.0
-        while member._seat is not seat and time.monotonic() < ends_at:
+        ends_at = time.monotonic() + 240.0
+        while member._seat is not seat:
+            assert time.monotonic() < ends_at
             time.sleep(0.01)
         clock[0] = now_s
         return member.offer()

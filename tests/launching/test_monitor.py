@@ -50,7 +50,14 @@ def test_up_refuses_a_port_that_is_taken(refuse: Refuse) -> None:
         assert f"port {port} is taken" in refuse("monitor", "up", "--folder", "here", "--port", str(port))
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer to start it."""
+    monkeypatch.setattr(monitor, "READY_S", 240.0)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_patient")
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on PATH")
 def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +80,7 @@ def test_up_starts_one_prometheus_that_finds_hubs_and_down_stops_it(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_patient")
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on PATH")
 def test_panels_of_a_fleet_and_variables_show_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What test_monitored_run.py cannot ask: its run is in no queue."""
@@ -128,7 +136,7 @@ def asked(url: str) -> str:
 
 
 def until(true: Callable[[], object], what: str = "") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from commands import TIMEOUT_S, environment
+from commands import TIMEOUT_S, environment, wait_for_end, workers_of
 from ports import free_port
 
 from orchestrator.telemetry.accounting import account
@@ -66,7 +68,7 @@ RECORDED_AS = {
     "noise_scale_low_samples": "noise_scale_low",
 }
 """Gauges that are a field of the last step's record."""
-Samples = list[tuple[float, float]]
+Samples = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Monitored:
     said: str
     """Standard output and error."""
     hub_killed_at: float
-    worker_killed_at: float
+    workers_gone_at: float
     stopped_at: float
 
     @property
@@ -144,8 +146,10 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
         hub_killed_at = time.time()
         until(lambda: since(found, "orchestrator_run_step", hub_killed_at + 3) > 2, process)
         until(lambda: 5 < read(folder / "metrics.jsonl")[-1]["step"] % INTERVAL < INTERVAL - 15, process)
-        worker_killed_at = time.time()
-        process_named(process, "RayTrainWorker").send_signal(signal.SIGKILL)
+        workers = workers_of(process)
+        workers[-1].send_signal(signal.SIGKILL)
+        wait_for_end(workers, TIMEOUT_S)  # Ray ends the other, which tells the hub of itself until then
+        workers_gone_at = time.time()
         until(lambda: len(found.started) > 1, process)
         for told in ("orchestrator_run_step", 'orchestrator_rank_step_seconds{rank="1"}'):
             until(lambda: since(found, told, found.started[1]) > 6, process)  # noqa: B023 - called at once
@@ -159,7 +163,7 @@ def _run(place: Path, env: dict[str, str], url: str) -> Monitored:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=TIMEOUT_S)
-    return Monitored(folder, url, out, hub_killed_at, worker_killed_at, stopped_at)
+    return Monitored(folder, url, out, hub_killed_at, workers_gone_at, stopped_at)
 
 
 def has_lived(folder: Path) -> bool:
@@ -182,8 +186,11 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def process_named(process: subprocess.Popen[str], name: str) -> psutil.Process:
-    family = psutil.Process(process.pid).children(recursive=True)
-    return next(member for member in reversed(family) if name in " ".join(member.cmdline()))
+    for member in reversed(psutil.Process(process.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # another has just ended
+            if name in " ".join(member.cmdline()):
+                return member
+    raise AssertionError(name)
 
 
 def test_every_metric_of_the_table_is_there(monitored: Monitored) -> None:
@@ -270,7 +277,7 @@ def test_counters_never_fall(monitored: Monitored) -> None:
 def test_the_gap_of_the_killed_hub_is_visible_and_nothing_else(monitored: Monitored) -> None:
     moments = [moment for moment, _ in monitored.only("orchestrator_run_step")]
     assert any(moment < monitored.hub_killed_at for moment in moments)
-    assert any(monitored.hub_killed_at < moment < monitored.worker_killed_at for moment in moments)
+    assert any(monitored.hub_killed_at < moment < monitored.workers_gone_at for moment in moments)
     starts = {value for _, value in monitored.only("orchestrator_hub_start_timestamp_seconds")}
     assert len(starts) == 2, "the hub was started again"
     restarted_at = max(starts)
@@ -285,7 +292,7 @@ def test_the_gap_of_the_killed_hub_is_visible_and_nothing_else(monitored: Monito
 def test_a_killed_rank_disappears_and_comes_back_and_its_loss_is_counted(monitored: Monitored) -> None:
     moments = [moment for moment, _ in monitored.only('orchestrator_rank_step_seconds{rank="1"}')]
     back = monitored.started[1]
-    away = [m for m in moments if monitored.worker_killed_at + TTL_S + 1 < m < back - 1]
+    away = [m for m in moments if monitored.workers_gone_at + TTL_S + 1 < m < back - 1]
     assert not away
     assert any(moment > back for moment in moments)
     assert monitored.only('orchestrator_restarts_total{cause="worker_lost"}')[-1][1] == 1
@@ -294,19 +301,28 @@ def test_a_killed_rank_disappears_and_comes_back_and_its_loss_is_counted(monitor
 
 
 def test_the_parts_are_the_wall_time(monitored: Monitored) -> None:
-    records = list(monitored.steps.values())
-    for one, other in itertools.pairwise([0, *(n for n, r in enumerate(records) if r["step"] % 50 == 0)]):
-        if records[one]["attempt"] == records[other]["attempt"]:
-            parts = [sum(record["parts"].values()) for record in records[one + 1 : other + 1]]
-            assert sum(parts) == pytest.approx(records[other]["time"] - records[one]["time"], rel=0.02)
+    for attempt in (1, 2):
+        records = [record for record in monitored.steps.values() if record["attempt"] == attempt]
+        parts_s = itertools.accumulate(sum(record["parts"].values()) for record in records)
+        known = [(record["time"], so_far) for record, so_far in zip(records, parts_s, strict=True)]
+        for one, other in itertools.pairwise(known[n : n + 50] for n in range(0, len(known) - 49, 50)):
+            assert drift(one, other) < 0.02 * (other[-1][0] - one[0][0]) / 2
     for rank in "01":  # by the clock of Prometheus; a scrape shows a snapshot that is up to a second old, at both ends
         by_time: dict[float, float] = {}
         for samples in monitored.scraped(f'orchestrator_rank_seconds_total{{rank="{rank}"}}').values():
             for moment, value in samples:
                 by_time[moment] = by_time.get(moment, 0.0) + value
         inside = sorted(moment for moment in by_time if moment > monitored.started[1])[1:]
-        took = inside[-1] - inside[0]
-        assert by_time[inside[-1]] - by_time[inside[0]] == pytest.approx(took, rel=0.02, abs=1.5)
+        known, half = [(moment, by_time[moment]) for moment in inside], len(inside) // 2
+        assert drift(known[:half], known[half:]) < max(0.02 * (inside[-1] - inside[0]), 1.5)
+
+
+def drift(one: Samples, other: Samples) -> float:
+    """By how much what was counted falls behind the time between two stretches, as is usual in each.
+
+    What is written down at a moment was counted up to a moment before, and on a busy machine some of these are long.
+    """
+    return abs(statistics.median(t - value for t, value in other) - statistics.median(t - value for t, value in one))
 
 
 def test_goodput_and_lost_time_are_those_of_the_records(monitored: Monitored) -> None:

@@ -37,8 +37,8 @@ def test_a_worker_that_hangs_ends_once_another_attempt_begins(tmp_path: Path) ->
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "up\n"
-        Fence.begin(folder.control, driver=lock.driver)
-        assert worker.wait(30) == 1, "or else its lock would not have been free"
+        Fence.begin(folder.control, driver=lock.driver, patience_s=240.0)
+        assert worker.wait(240) == 1, "or else its lock would not have been free"
         assert "a newer attempt owns" in worker.stdout.read()
     lock.release()
 

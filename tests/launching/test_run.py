@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import (
@@ -27,6 +27,8 @@ from commands import (
     wait_for_step,
 )
 from ports import free_port
+
+from orchestrator.planning.probe import Probe
 
 pytestmark = pytest.mark.ray
 
@@ -104,14 +106,16 @@ def test_signals_save_and_say_how_to_go_on_and_a_corrupt_checkpoint_is_set_aside
     undisturbed: Ended, command: Start, run: Run, tmp_path: Path
 ) -> None:
     """Stopped by Ctrl-C, gone on; stopped by TERM, and what that saved is damaged, gone on from the one before."""
+    held = ("broken_jobs:held", "--arg", f"place={tmp_path}")
     options = ("--set", "checkpoint.interval_steps=40", "--set", "checkpoint.keep=3")
-    folder = tmp_path / "runs" / "digits"
-    process = command(DIGITS, *options)
+    folder, hold = tmp_path / "runs" / "digits", tmp_path / "hold"
+    hold.touch()
+    process = command(*held, *options)
     wait_for_step(folder, 50, process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     interrupted = stopped(process, folder)
 
-    process = command(DIGITS, *options)
+    process = command(*held, *options)
     wait_for_step(folder, interrupted + 50, process)
     process.send_signal(signal.SIGTERM)  # a supervisor sends it to the process it knows
     terminated = stopped(process, folder)
@@ -122,7 +126,8 @@ def test_signals_save_and_say_how_to_go_on_and_a_corrupt_checkpoint_is_set_aside
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
 
-    done = run(DIGITS, *options)
+    hold.unlink()
+    done = run(*held, *options)
     assert done.code == 0, done.err
     assert f"{newest} is corrupt: state/{shard.name} has other bytes" in done.err
     assert f"set aside as set-aside-{newest.name}" in done.err
@@ -165,7 +170,12 @@ def test_a_probe_survives_a_rank_that_runs_out_of_memory_and_the_plan_goes_by_it
     trials = json.loads((folder / "probe.json").read_text())["trials"]
     timed = {trial["micro_batch"]: trial["step_time_s"] for trial in trials if trial["peak_bytes"]}
     assert set(timed) == {8, 16}
-    assert plan["step_time_s"] == pytest.approx(timed[16], rel=0.3), "a step of 16 x 2, as it was timed"
+    model = Probe.from_dict(json.loads((folder / "probe.json").read_text())).model
+    assert model is not None
+    by_times = model.step_time_s(nodes=1, workers=2, micro_batch=16, accumulation=2)
+    assert plan["step_time_s"] == pytest.approx(by_times, rel=1e-3), "a step of 16 x 2, by what was timed"
+    # On a busy machine the smaller one may have taken longer.
+    assert 0.7 * min(timed.values()) < plan["step_time_s"] < 1.3 * max(timed.values())
     # Another run of the same job plans by what was found.
     words = [sys.executable, "-m", "orchestrator", "plan", *words, "--set", "name=other", "--json"]
     again = subprocess.run(
@@ -232,7 +242,7 @@ import sys, ray
 from ray.util import placement_group
 ray.init(address=sys.argv[1], log_to_driver=False)
 group = placement_group([{"CPU": float(sys.argv[2])}])
-print("there" if group.wait(60) else "no room", flush=True)
+print("there" if group.wait(200) else "no room", flush=True)
 sys.stdin.read()
 """
 
@@ -257,13 +267,16 @@ def test_a_run_goes_on_with_another_number_of_workers(
 ) -> None:
     """The MLP computes the same step in every layout; 2 -> 1 workers also takes the plan from ZeRO stage 1 to 0."""
     there = ("--address", head.address)
-    process = command(MLP, *there)
-    folder = tmp_path / "runs" / "digits-mlp"
+    held = ("broken_jobs:held_mlp", "--arg", f"place={tmp_path}", *there)
+    folder, hold = tmp_path / "runs" / "digits-mlp", tmp_path / "hold"
+    hold.touch()
+    process = command(*held)
     wait_for_step(folder, 40, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=TIMEOUT_S)
     stopped = len(losses(folder))
-    done = run(MLP, *there, "--set", "scale.workers=1")
+    hold.unlink()
+    done = run(*held, "--set", "scale.workers=1")
     assert done.code == 0, done.err
     assert f"step {stopped}: refactor: batch 64 (2x32x1) -> 64 (1x32x2): 2 -> 1 workers: global batch kept" in done.err
     assert losses(folder) == pytest.approx(losses(Path(whole.summary["folder"])), rel=1e-4)
@@ -278,27 +291,32 @@ def test_a_run_with_a_range_of_workers_follows_the_cluster(
 
     It may begin with one worker: Ray starts with what it has seen of the cluster by then.
     """
-    slowly = ("benchmarks.fleet_jobs:waiting", "--arg", "epochs=12", "--arg", "wait_s=3e-3", "--address", head.address)
+    slowly = ("broken_jobs:held_mlp", "--arg", f"place={tmp_path}", "--arg", "wait_s=0.3", "--address", head.address)
     fields = (
         "scale.workers=1,2",
         "scale.cpus_per_worker=3",
         "scale.resize_interval_s=2",
         "checkpoint.interval_steps=15",
     )
-    folder = tmp_path / "runs" / "waiting"
+    folder, hold = tmp_path / "runs" / "digits-mlp", tmp_path / "hold"
+    hold.touch()
 
     def at_work() -> int:
         return records(folder)[-1]["workers"] if records(folder) else 0
+
+    def started() -> list[dict[str, Any]]:
+        return [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
 
     with node_of(head, tmp_path / "first"):
         process = command(*slowly, *(word for field in fields for word in ("--set", field)))
         wait_until(lambda: sum(step["workers"] == 2 for step in records(folder)) > 20, process)  # it has saved
     wait_until(lambda: at_work() == 1, process)
     with node_of(head, tmp_path / "second"):
+        wait_until(lambda: started()[-1]["cause"] == "resized", process)
+        hold.unlink()
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
-    starts = [record for record in records(folder, "attempts.jsonl") if record["event"] == "started"]
-    before, fewer, more = starts[-3:]
+    before, fewer, more = started()[-3:]
     assert [start["workers"] for start in (before, fewer, more)] == [2, 1, 2]
     assert (fewer["cause"], more["cause"]) == ("worker_lost", "resized")
     assert f"now 2 workers; going on from step {more['step']}" in err
@@ -344,12 +362,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     port = free_port()
     words = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
     env = {**environment(folder), "RAY_AUTH_MODE": "disabled"}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, (folder / "head.log").open("w") as log:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        process = subprocess.Popen(words, env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(words, env=env, cwd=folder, stdout=log, stderr=log)
         try:
-            wait_for_port(port)
-            time.sleep(3)  # the raylet joins after the port answers
+            wait_until_started(process, folder / "head.log")
             yield Head(process, f"127.0.0.1:{port}")
         finally:
             end_family(process)  # asked politely, a head takes over half a minute
@@ -365,21 +382,15 @@ def node_of(head: Head, folder: Path) -> Iterator[None]:
     with log.open("w") as stream:
         process = subprocess.Popen(words, env=env, cwd=folder, stdout=stream, stderr=stream)
     try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until_started(process, log)
         yield
     finally:
         end_family(process)
 
 
-def wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"nothing answers at port {port}")
+def wait_until_started(node: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while "Ray runtime started" not in log.read_text():
+        assert node.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

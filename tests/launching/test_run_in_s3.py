@@ -54,12 +54,19 @@ def copy_of(run: StoredRun, folder: Path) -> Path:
 
 
 def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while not is_so():
         if process.poll() is not None:
             pytest.fail(f"the command has ended with {process.returncode}:\n{process.communicate()[1]}")
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def slowly(place: Path) -> tuple[tuple[str, ...], Path]:
+    """The main job, slow while the file is there: a busy machine comes to what it wants before the run's end."""
+    hold = place / "hold"
+    hold.touch()
+    return ("broken_jobs:held", "--arg", f"place={place}", "--arg", "wait_s=0.1"), hold
 
 
 def saving(cache: Path, step: int) -> Callable[[], bool]:
@@ -89,12 +96,15 @@ def test_faults_for_a_whole_run_change_nothing(
     if reason := s3_server.no_haproxy():
         pytest.skip(reason)
     uri = f"s3://{BUCKET}/{secrets.token_hex(4)}"
+    job, hold = slowly(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # where the job is, for what is made of the run below
     with s3_server.faulty(server.endpoint, tmp_path) as endpoint:
         options = ("--set", f"checkpoint.uri={uri}", "--set", "checkpoint.interval_steps=45")
         monkeypatch.setenv("ORCHESTRATOR_TARGETS", str(tmp_path / "targets"))
         seen = ("--profile", "3:4", "--set", "telemetry.trackers=tensorboard")
-        process = command(DIGITS, *options, *seen, "--set", f"storage.endpoint_url={endpoint}")
+        process = command(*job, *options, *seen, "--set", f"storage.endpoint_url={endpoint}")
         wait_until(lambda: retries_told(tmp_path / "targets") > 0, process)
+        hold.unlink()
         out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     summary = json.loads(out)
@@ -118,7 +128,7 @@ def test_faults_for_a_whole_run_change_nothing(
     assert entry.metrics["accuracy"] == pytest.approx(summary["metrics"]["accuracy"])
     written = export_weights(f"{uri}/digits", tmp_path / "exported" / "digits.safetensors")
     assert written.checkpoint == stored.checkpoints()[-1]
-    again = run(DIGITS, *options)
+    again = run(*job, *options)
     assert again.code == 0
     assert "finished already" in again.err
     assert again.summary == summary
@@ -135,10 +145,11 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     cache = tmp_path / "one"
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(cache))
     stored = StoredRun(f"{uri}/digits", StorageConfig())
-    process = command(DIGITS, *options)
+    job, hold = slowly(tmp_path)
+    process = command(*job, *options)
 
     wait_until(saving(cache, 10), process)
-    second = command(DIGITS, *options)
+    second = command(*job, *options)
     wait_until(saving(cache, 20), process)
     seed = secrets.randbelow(2**32)
     chance = random.Random(seed)
@@ -187,7 +198,8 @@ def test_a_run_that_is_killed_in_every_way_is_the_run_left_alone(
     assert "raylet" not in err
 
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another"))
-    done = run(DIGITS, *options)
+    hold.unlink()
+    done = run(*job, *options)
     assert done.code == 0, done.err
     assert "going on from checkpoint step-" in done.err
     assert "lost and replaced" not in done.err, "the driver's own first start is no restart"
@@ -291,8 +303,8 @@ def kill_driver(process: subprocess.Popen[str]) -> str:
     process.kill()
     _, err = process.communicate()
     writers = [child for child in family if "Agent" not in words.get(child.pid, "")]
-    wait_for_end(writers, 30)  # whatever could write to the run
-    wait_for_end(family, 60)  # Ray's idle agents take a little longer to notice
+    wait_for_end(writers, TIMEOUT_S)  # whatever could write to the run
+    wait_for_end(family, TIMEOUT_S)  # Ray's idle agents take a little longer to notice
     return err
 
 

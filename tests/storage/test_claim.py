@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,8 +44,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
     return lambda: open_store(root)
 
 
-def take(store: Store, heard: list[str] | None = None) -> Claim:
-    return Claim.take(store, waiting=([] if heard is None else heard).append, lease_s=LEASE_S)
+def take(store: Store, heard: list[str] | None = None, *, lease_s: float = LEASE_S) -> Claim:
+    return Claim.take(store, waiting=([] if heard is None else heard).append, lease_s=lease_s)
 
 
 def from_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> Claim:
@@ -111,22 +113,45 @@ def test_a_driver_elsewhere_is_given_a_lease(make: MakeStore, monkeypatch: pytes
 
 
 def test_a_driver_elsewhere_that_lives_keeps_its_run(make: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen long before the lease is over, however seldom it gets to beat."""
     store, over = make(), threading.Event()
     living = from_elsewhere(store, monkeypatch)
 
     def live() -> None:
-        while not over.wait(LEASE_S / 20):
+        while not over.wait(0.05):
             living.beat()
 
     thread = threading.Thread(target=live)
     thread.start()
     try:
         with pytest.raises(RunBusyError):
-            take(store)
+            take(store, lease_s=240.0)
     finally:
         over.set()
         thread.join()
     living.beat()
+
+
+def test_who_was_held_up_itself_looks_once_more_before_it_takes_over(
+    make: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watcher that is stopped for a lease after a look, as by a suspended machine, has not watched for one."""
+    store = make()
+    living, now, read = from_elsewhere(store, monkeypatch), [0.0], claim._read
+    looks: list[int] = []
+
+    def look(*where: Any) -> Any:
+        found = read(*where)
+        looks.append(1)
+        if len(looks) == 2:
+            now[0] = 1000.0
+            living.beat()
+        return found
+
+    monkeypatch.setattr(claim, "_read", look)
+    monkeypatch.setattr(claim, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None))
+    with pytest.raises(RunBusyError):
+        take(store)
 
 
 def test_an_unreadable_claim_is_none(make: MakeStore) -> None:

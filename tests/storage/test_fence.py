@@ -30,7 +30,7 @@ from orchestrator.storage.fence import DriverLock, Fence
 control = Path(sys.argv[1])
 held = {}
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -102,7 +102,7 @@ def test_a_driver_that_lets_go_lets_the_next_one_in(control: Path) -> None:
 # -- workers -----------------------------------------------------------------------------------
 
 
-def begin(control: Path, patience_s: float = 5.0) -> str:
+def begin(control: Path, patience_s: float = 240.0) -> str:
     """A new attempt by the driver of now."""
     return Fence.begin(control, driver=(control / "driver").read_text(), patience_s=patience_s)
 

@@ -125,7 +125,7 @@ def test_pushing_waits_for_a_store_and_ends_where_it_is_fenced(tmp_path: Path) -
     while store.stat(NAME) is None:
         pass
     troubles.append(FencedError("a newer attempt"))
-    pushing._thread.join(10)
+    pushing._thread.join(240)
     assert not pushing._thread.is_alive()
     pushing.close()
 

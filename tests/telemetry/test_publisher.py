@@ -12,10 +12,16 @@ import pytest
 from orchestrator.telemetry.hub import Board
 from orchestrator.telemetry.meter import Counted, Key, Meter, Snapshot
 from orchestrator.telemetry.observing import RunFacts, RunObserver
-from orchestrator.telemetry.publisher import FAREWELL_S, Publisher
+from orchestrator.telemetry.publisher import Publisher
 from orchestrator.training.recorder import _observe_checkpoint
 
 STEPS: Key = ("orchestrator_steps_total", ())
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last word may take its time on a busy machine."""
+    monkeypatch.setattr("orchestrator.telemetry.publisher.FAREWELL_S", 300.0)
 
 
 def step(meter: Meter, steps: float = 1.0) -> None:
@@ -78,20 +84,21 @@ def test_a_dead_hub_is_tried_again_and_nothing_is_lost() -> None:
     assert sent[0].own.counters["orchestrator_pushes_failed_total", ()] >= 3
 
 
-def test_a_hub_that_hangs_holds_nobody_up() -> None:
+def test_a_hub_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.telemetry.publisher.FAREWELL_S", 0.5)
     hang = threading.Event()
 
     def send(snapshot: Snapshot) -> Counted:
-        hang.wait(60)
+        hang.wait(500)
         return Counted()
 
     under_test = publisher(send)
     for _ in range(200_000):  # more than is kept
         under_test.note(step)
-    started = time.monotonic()
     under_test.close()
-    assert time.monotonic() - started < FAREWELL_S + 30, "it gives up by itself, not when the hub answers"
+    assert under_test._thread.is_alive(), "it gives up by itself, not when the hub answers"
     hang.set()
+    under_test._thread.join()
 
 
 def test_a_sample_is_taken_for_each_snapshot() -> None:

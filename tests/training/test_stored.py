@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,20 @@ import pytest
 
 import s3_server
 from gloo import GlooGroup
-from gloo_jobs import Ended, Noisy, Rows, Slow, Toy, dropped_blocks, mlp, new_run, run_loop, stored_loop, toy_config
+from gloo_jobs import (
+    Ended,
+    Held,
+    Noisy,
+    Rows,
+    Slow,
+    Toy,
+    dropped_blocks,
+    mlp,
+    new_run,
+    run_loop,
+    stored_loop,
+    toy_config,
+)
 from orchestrator.config import AdamW, CheckpointConfig, FailureConfig, RunConfig, Stop, StorageConfig
 from orchestrator.launching.places import Stored
 from orchestrator.storage.claim import Claim
@@ -214,18 +227,27 @@ def stored_at(server: Weed, tmp_path: Path) -> Place:
     return Place(uri, tmp_path / "disks", StorageConfig(endpoint_url=server.endpoint, retry_budget_s=0.5))
 
 
-def killing(server: Weed, place: Place, *, after_checkpoints: int, back: bool) -> threading.Thread:
+def killing(server: Weed, place: Place, then: Callable[[], None] = lambda: None) -> threading.Thread:
+    """Kill the server once a checkpoint is there."""
+
     def kill() -> None:
-        while len(place.run.checkpoints()) < after_checkpoints:
-            time.sleep(0.05)
+        until(lambda: bool(place.run.checkpoints()))
         server.kill()
-        if back:
-            time.sleep(2.0)
-            server.start()
+        then()
 
     thread = threading.Thread(target=kill)
     thread.start()
     return thread
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+NOT_UPLOADED = "checkpoint not uploaded, training goes on: "
 
 
 @pytest.mark.s3
@@ -233,13 +255,26 @@ def killing(server: Weed, place: Place, *, after_checkpoints: int, back: bool) -
 def test_a_store_that_dies_holds_nobody_up(one: GlooGroup, mortal: Weed, tmp_path: Path) -> None:
     """Training goes on while nothing can be uploaded; once the store is back, everything is there."""
     place = stored_at(mortal, tmp_path)
-    config = alone(config_of(steps=100, interval_s=0.2))
-    fate = killing(mortal, place, after_checkpoints=1, back=True)
-    no_error(one.run(stored_loop, config, Slow(mlp, where="loss", rank=0), place.order(), place.machine()))
+    config = alone(config_of(steps=100, interval_s=0.2, storage_budget_s=400.0))
+    away, back = tmp_path / "away", tmp_path / "back"
+
+    def here(name: str) -> list[Any]:
+        return [record for path in (tmp_path / "disks").rglob(name) for record in read(path)]
+
+    def come_back() -> None:
+        away.touch()
+        until(lambda: any(event["text"].startswith(NOT_UPLOADED) for event in here("events.jsonl")))
+        until(lambda: len(here("metrics.jsonl")) >= 40)
+        mortal.start()
+        back.touch()
+
+    fate = killing(mortal, place, come_back)
+    task = Held(mlp, until={40: away, 360: back})  # four to a step; a save is due long before the first
+    no_error(one.run(stored_loop, config, task, place.order(), place.machine()))
     fate.join()
     assert len(place.losses()) == 100
     assert place.run.checkpoints()[-1].startswith("step-00000100")
-    assert any(text.startswith("checkpoint not uploaded, training goes on: ") for text in place.events())
+    assert any(text.startswith(NOT_UPLOADED) for text in place.events())
 
 
 @pytest.mark.s3
@@ -249,7 +284,7 @@ def test_a_store_that_stays_away_ends_the_run_once_the_budget_is_spent(
 ) -> None:
     place = stored_at(mortal, tmp_path)
     config = alone(config_of(steps=10_000, interval_s=0.2, storage_budget_s=2.0))
-    fate = killing(mortal, place, after_checkpoints=1, back=False)
+    fate = killing(mortal, place)
     (end,) = one.run(stored_loop, config, Slow(mlp, where="loss", rank=0), place.order(), place.machine())
     fate.join()
     assert end.error == "StorageLostError"

@@ -203,7 +203,7 @@ def test_every_sample_once_per_epoch_whatever_happens(
 
 @pytest.mark.s3
 @MODES
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(lives(), min_size=2, max_size=3), seeds)
 def test_the_same_from_s3(in_s3: str, mode: str, lanes: int, lived: list[Life], seed: int) -> None:
     check_lives(in_s3, mode, lanes, lived, seed)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from gloo import GlooGroup
-from gloo_jobs import Observed, Slow, mlp, new_run, observed_loop, toy_config
+from gloo_jobs import Observed, Slow, mlp, new_run, observed_loop, parts_of, toy_config
 from orchestrator.config import CheckpointConfig, RunConfig, Stop
 from orchestrator.telemetry.hub import Board
 from orchestrator.telemetry.metrics import PARTS
@@ -42,11 +43,14 @@ def test_the_parts_are_the_wall_time(two: GlooGroup, tmp_path: Path, stage: int)
     for parts, wall_s, _ in two.run(observed_loop, config_of(stage), Slow(mlp), root, driver):
         assert set(parts) <= set(PARTS)
         assert {"data_wait", "forward", "backward", "communication", "optimizer", "checkpoint"} <= set(parts)
-        assert sum(parts.values()) == pytest.approx(wall_s, rel=0.02)
+        assert sum(parts.values()) == pytest.approx(wall_s, rel=1e-6)
     records = read(root / "metrics.jsonl")
-    # A record is written a moment after its step's last mark, and not always the same moment: all steps together.
-    lived_s = records[-1]["time"] - records[0]["time"]
-    assert sum(sum(record["parts"].values()) for record in records[1:]) == pytest.approx(lived_s, rel=0.05)
+    # A record is written a moment after its step's last mark, and on a busy machine a few of these moments are long:
+    # what is usual in the run's first half and in its second.
+    parts_s = itertools.accumulate(sum(record["parts"].values()) for record in records)
+    late = [record["time"] - so_far for record, so_far in zip(records, parts_s, strict=True)]
+    drift = statistics.median(late[STEPS // 2 :]) - statistics.median(late[: STEPS // 2])
+    assert abs(drift) < 0.05 * (records[-1]["time"] - records[0]["time"]) / 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,8 @@ def test_what_holds_a_rank_up_shows_there_the_other_rank_waits_and_its_alert_fir
 ) -> None:
     run = new_run(tmp_path / "run")
     found = two.run(observed_loop, config_of(), Slow(mlp, where=where, rank=1), *run)
-    (waiting, _, _), (slow, _, _) = found
+    assert found[1].parts[part] >= HELD_UP_S
+    waiting, slow = (parts_of(one.usual) for one in found)
     assert slow[part] >= HELD_UP_S
     assert waiting[part] < 0.5 * HELD_UP_S
     assert waiting["communication"] >= 0.8 * HELD_UP_S
@@ -72,23 +77,24 @@ def test_what_holds_a_rank_up_shows_there_the_other_rank_waits_and_its_alert_fir
 def test_a_slow_store_shows_in_the_checkpoints_and_its_alert_fires(two: GlooGroup, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     found = two.run(observed_loop, config_of(), Slow(mlp, where="store"), *run)
-    for parts, _, _ in found:
-        assert parts["checkpoint"] >= 2 * 10 * Slow.SLEEP_S
-        assert max(parts["data_wait"], parts["forward"]) < 0.5 * parts["checkpoint"]
+    for one in found:
+        usual = parts_of(one.usual)
+        assert min(one.parts["checkpoint"], usual["checkpoint"]) >= 2 * 10 * Slow.SLEEP_S
+        assert max(usual["data_wait"], usual["forward"]) < 0.5 * usual["checkpoint"]
     fires = fired(found, tmp_path)
     assert "OrchestratorCheckpointSlow" in fires
     assert "OrchestratorDataSlow" not in fires
 
 
 def fired(found: list[Observed], folder: Path) -> set[str]:
-    """Alerts of ``cluster/`` that fire where what was measured goes on for half an hour, as promtool replays it."""
+    """Alerts of ``cluster/`` that fire where what is usual goes on for half an hour, as promtool replays it."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("no promtool on PATH (Debian: apt-get install prometheus)")
     board = Board(ttl_s=60.0)
-    for one in found:  # as they report while they train: a rank that has left is shown no more
-        board.take(dataclasses.replace(one.snapshot, leaving=False))
-    wall_s = max(one.wall_s for one in found)
+    for one in found:
+        board.take(one.usual)
+    wall_s = max(sum(parts_of(one.usual).values()) for one in found)
     series = [
         {"series": _named(sample), "values": _going_on(metric.type, sample.value, wall_s)}
         for metric in board.collect()
