@@ -14,7 +14,7 @@ from orchestrator.config import BatchPolicy
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.step_time import StepTimes
 from orchestrator.scheduling.loss_trend import Deviation, LossTrend
-from orchestrator.scheduling.noise_scale import NoiseSample, NoiseScale, NoiseScaleWindow
+from orchestrator.scheduling.noise_scale import FEWEST, NoiseSample, NoiseScale, NoiseScaleWindow
 from orchestrator.scheduling.observation import Change, Kind
 
 __all__ = ["History", "StepFacts"]
@@ -22,6 +22,9 @@ __all__ = ["History", "StepFacts"]
 SHORTEST_NOISE_INTERVAL = 2
 """A measured step is not timed, so every second one at least must not be measured."""
 LONGEST_NOISE_INTERVAL = 1000
+OPENING_STEPS = 4 * FEWEST
+"""Until then, or the first estimate, noise is measured as often as can be: nothing is decided without one, and what a
+few measurements cost does not count."""
 LEAST_STEP = 0.25
 """Of a measured step that is the step itself, at least: its cost is not known exactly."""
 COST_MEMORY = 0.8
@@ -103,7 +106,9 @@ class History:
 
     def measures(self, step: int, policy: BatchPolicy) -> bool:
         """Whether optimizer step ``step`` (from 1 on) measures the gradient noise."""
-        return step % (self.noise_interval or policy.noise_interval_steps) == 0
+        opens = step <= OPENING_STEPS and self.noise_scale is None and policy.noise_cost < 1.0
+        interval = SHORTEST_NOISE_INTERVAL if opens else self.noise_interval or policy.noise_interval_steps
+        return step % interval == 0
 
     def _measured(self, facts: StepFacts, policy: BatchPolicy) -> History:
         known = self.noise_cost_s

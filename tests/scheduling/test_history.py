@@ -10,7 +10,7 @@ from orchestrator.config import Goodput
 from orchestrator.planning.layout import Layout
 from orchestrator.scheduling.adaptive import GoodputPolicy
 from orchestrator.scheduling.history import History, StepFacts
-from orchestrator.scheduling.noise_scale import NoiseSample
+from orchestrator.scheduling.noise_scale import FEWEST, NoiseSample
 from orchestrator.scheduling.reach import Reach
 from simulated import Simulation
 
@@ -26,11 +26,13 @@ def facts(step: int, **fields: object) -> StepFacts:
 
 @pytest.mark.parametrize(("cost_s", "interval"), [(1e-5, 2), (4e-4, 2), (1.95e-3, 10), (0.02, 100), (1e3, 1000)])
 def test_measuring_is_as_frequent_as_its_cost_allows(cost_s: float, interval: int) -> None:
-    """A step of 20 ms, of which 1 % may go."""
+    """A step of 20 ms, of which 1 % may go, once there is an estimate."""
     history = History()
-    for step in range(1, 10):
+    for step in range(1, 2 * FEWEST, 2):
         history = history.after(facts(step), POLICY)
-    history = history.after(facts(10, noise=SAMPLE, noise_cost_s=cost_s, step_time_s=0.02 + cost_s), POLICY)
+        measured = facts(step + 1, noise=SAMPLE, noise_cost_s=cost_s, step_time_s=0.02 + cost_s)
+        history = history.after(measured, POLICY)
+    assert history.noise_scale is not None
     assert history.noise_interval == interval
     assert [step for step in range(1, 3001) if history.measures(step, POLICY)] == list(range(interval, 3001, interval))
 
@@ -46,8 +48,12 @@ def test_where_no_cost_counts_the_interval_stays() -> None:
     assert [step for step in range(1, 30) if history.measures(step, policy)] == [7, 14, 21, 28]
 
 
-def test_before_the_cost_is_known_every_tenth_step_is_measured() -> None:
-    assert [step for step in range(1, 31) if History().measures(step, POLICY)] == [10, 20, 30]
+def test_every_second_step_is_measured_until_there_is_an_estimate_but_not_for_long() -> None:
+    """Where a measurement gives nothing, as when a step overflows, it is as dear as ever."""
+    history = History()
+    assert [step for step in range(1, 61) if history.measures(step, POLICY)] == [*range(2, 33, 2), 40, 50, 60]
+    history = history.after(facts(2, noise_cost_s=0.02, step_time_s=0.04), POLICY)
+    assert [step for step in range(1, 301) if history.measures(step, POLICY)] == [*range(2, 33, 2), 100, 200, 300]
 
 
 def test_a_measured_step_is_not_timed_but_for_its_backward_pass() -> None:
