@@ -22,9 +22,9 @@ __all__ = ["History", "StepFacts"]
 SHORTEST_NOISE_INTERVAL = 2
 """A measured step is not timed, so every second one at least must not be measured."""
 LONGEST_NOISE_INTERVAL = 1000
-OPENING_STEPS = 4 * FEWEST
-"""Until then, or the first estimate, noise is measured as often as can be: nothing is decided without one, and what a
-few measurements cost does not count."""
+OPENING_STEPS, OPENING_PACE = 4 * FEWEST, 5
+"""Until then, or the first estimate, noise is measured so many times as often: nothing is decided without one, and what
+a few measurements cost does not count."""
 LEAST_STEP = 0.25
 """Of a measured step that is the step itself, at least: its cost is not known exactly."""
 COST_MEMORY = 0.8
@@ -107,8 +107,9 @@ class History:
     def measures(self, step: int, policy: BatchPolicy) -> bool:
         """Whether optimizer step ``step`` (from 1 on) measures the gradient noise."""
         opens = step <= OPENING_STEPS and self.noise_scale is None and policy.noise_cost < 1.0
-        interval = SHORTEST_NOISE_INTERVAL if opens else self.noise_interval or policy.noise_interval_steps
-        return step % interval == 0
+        if opens:
+            return step % max(policy.noise_interval_steps // OPENING_PACE, SHORTEST_NOISE_INTERVAL) == 0
+        return step % (self.noise_interval or policy.noise_interval_steps) == 0
 
     def _measured(self, facts: StepFacts, policy: BatchPolicy) -> History:
         known = self.noise_cost_s

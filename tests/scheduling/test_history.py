@@ -52,6 +52,8 @@ def test_every_second_step_is_measured_until_there_is_an_estimate_but_not_for_lo
     """Where a measurement gives nothing, as when a step overflows, it is as dear as ever."""
     history = History()
     assert [step for step in range(1, 61) if history.measures(step, POLICY)] == [*range(2, 33, 2), 40, 50, 60]
+    seldom = Goodput(noise_interval_steps=20)
+    assert [step for step in range(1, 61) if history.measures(step, seldom)] == [*range(4, 33, 4), 40, 60]
     history = history.after(facts(2, noise_cost_s=0.02, step_time_s=0.04), POLICY)
     assert [step for step in range(1, 301) if history.measures(step, POLICY)] == [*range(2, 33, 2), 100, 200, 300]
 
