@@ -11,8 +11,8 @@ import pytest
 import orchestrator
 
 HEAVY = {"boto3", "deepspeed", "prometheus_client", "pyarrow", "ray", "sklearn", "torch"}
-MOST_MODULES = {"-c": 60, "-m": 450}
-"""That a start imports, Python's own 25 included: a measure of its half a second that no machine's speed changes."""
+MOST_MODULES = {"-c": 10, "-m": 400}
+"""That a start imports beside Python's own: a measure of its half a second that no machine's speed changes."""
 PURE = ["fleet", "planning", "scheduling"]
 EXEMPT = {"orchestrator.planning.profile"}  # traces the model with torch
 
@@ -28,7 +28,8 @@ def test_help_loads_no_framework() -> None:
 
 @pytest.mark.parametrize("arguments", [("-c", "import orchestrator"), ("-m", "orchestrator", "--help")], ids=" ".join)
 def test_a_start_imports_little(arguments: tuple[str, ...]) -> None:
-    assert len(imported_by(*arguments)) < MOST_MODULES[arguments[0]]
+    own = len(imported_by("-c", "pass"))  # and those of other packages' .pth files
+    assert len(imported_by(*arguments)) - own < MOST_MODULES[arguments[0]]
 
 
 def test_the_config_and_the_job_load_no_framework() -> None:
