@@ -317,8 +317,7 @@ class BatchPolicy(Part):
     rule: Rule = "auto"
     """How the learning rate follows the batch; auto: what belongs to the optimizer, and its other settings with it."""
     noise_interval_steps: PositiveInt = 10
-    """Measure the gradient noise every so many steps at first, five times as often until there is an estimate; then as
-    often as noise_cost allows."""
+    """Steps between two measurements of the noise at first, a fifth until an estimate; then as noise_cost allows."""
     noise_cost: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Share of a step's time that measuring the gradient noise may take on average; 1: any, and the interval stays."""
     noise_preconditioned: bool = False
