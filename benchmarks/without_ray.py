@@ -87,7 +87,6 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
     policy = make_policy(job.config)
     memory = MemoryGauge(DEVICE, psutil.virtual_memory().total // workers)
     publisher = _publisher(job, rank, memory) if publishes else None
-    key = {"workers": workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
     run = Training(
         config=job.config,
         plan=plan,
@@ -95,7 +94,7 @@ def train_here(job: Job, *, publishes: bool = False) -> Any:
         engine=Engine(job.task, job.config, plan, device=DEVICE),
         train_set=train_set,
         evaluation_set=evaluation_set,
-        checkpoints=Checkpoints(folder.checkpoints, fence, 1, key),
+        checkpoints=Checkpoints(folder.checkpoints, fence, 1, plan.layout_key),
         recorder=Recorder(folder, fence, plan, rank=rank, attempt=1, publisher=publisher),
         scheduler=Scheduler(policy=policy, config=job.config, plan=plan, memory=memory, decides=rank == 0),
         tracer=Tracer(None, folder.root, rank=rank),

@@ -205,7 +205,7 @@ class _Worker:
             engine=self._engine(config, plan, device, nodes),
             train_set=train_set,
             evaluation_set=evaluation_set,
-            checkpoints=self._place.checkpoints(config, _layout_key(plan), self._recorder),
+            checkpoints=self._place.checkpoints(config, plan.layout_key, self._recorder),
             recorder=self._recorder,
             scheduler=Scheduler(
                 policy=make_policy(pinned),
@@ -362,10 +362,6 @@ def _within(config: RunConfig, limit: int | None) -> RunConfig:
     micro_batch = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
     layout = {"global_batch": batch, "micro_batch": micro_batch, "accumulation": "auto"}
     return config.model_copy(update={"layout": config.layout.model_copy(update=layout)})
-
-
-def _layout_key(plan: Plan) -> dict[str, Any]:
-    return {"workers": plan.layout.workers, "zero_stage": plan.zero_stage, "precision": plan.precision}
 
 
 def device_of(plan: Plan) -> Any:

@@ -63,6 +63,11 @@ class Plan:
     """None where the model could not be traced or the accelerator is not known."""
 
     @property
+    def layout_key(self) -> dict[str, Any]:
+        """What the shards of a checkpoint depend on: it is read as it is where this is the same."""
+        return {"workers": self.layout.workers, "zero_stage": self.zero_stage, "precision": self.precision}
+
+    @property
     def memory(self) -> MemoryUse | None:
         """The breakdown of a worker's device memory."""
         return None if self.costing is None else self.costing.memory

@@ -92,8 +92,8 @@ ALERTS: Sequence[Alert] = (
     ),
     Alert(
         "OrchestratorStraggler",
-        # Its median: one slow moment of the faster ranks must not begin the five minutes anew.
-        "quantile_over_time(0.5, orchestrator_straggler_ratio[5m]) > 1.3",
+        # Its median: one slow moment of the faster ranks must not begin the five minutes anew. Of runs that still tell.
+        "quantile_over_time(0.5, orchestrator_straggler_ratio[5m]) > 1.3 and orchestrator_straggler_ratio",
         "5m",
         "warning",
         "the slowest rank of {{ $labels.run }} takes {{ $value | humanize }} times the median rank's time",
