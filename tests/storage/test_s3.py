@@ -194,7 +194,7 @@ def test_nothing_is_lost_under_faults(faults: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         found = trouble("write", lambda: list(pool.map(lambda key: store.write(key, data[key]), data)))
         assert found.errors == 0
-        assert found.retries >= 3, "of sixty requests twelve are refused"
+        assert found.retries >= 1, "of sixty requests twelve are refused: none in one run of 600,000"
         assert dict(zip(data, pool.map(store.read, data), strict=True)) == data
     assert [entry.key for entry in store.list()] == sorted(data)
     large = secrets.token_bytes(20 * MIB)
