@@ -1,15 +1,14 @@
 """What `tune` does: runs of a job with other settings, many at a time, the poor ones ended early.
 
-Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all trials run to a ninth of their length, the best
-third of them to a third, the best third of those to the end. A trial that is left is not killed: it saves and stops as
-any run does, and gives back what it held. Ray Tune places the trials of a round and, with Optuna, chooses settings.
+Ray Tune places the trials and judges them by ASHA, asynchronous successive halving: after a sixteenth and after a
+quarter of its length a trial goes on if it is in the best quarter of those that have come so far. For that its run
+saves and stops, as any run does, and gives back what it held; a trial that is left is not killed while it trains.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,17 @@ from orchestrator.job import load
 from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
+from orchestrator.launching.trials import SHARES, Judged, Trial, Trials
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
 from orchestrator.scheduling.metric_direction import direction_of
 from orchestrator.scheduling.search_space import Range, draw, parse_search
-from orchestrator.storage.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.storage.folder import read_json, write_json, write_text
 from orchestrator.telemetry.searched import SearchedTrial, render_search
 
-__all__ = ["Trial", "TuneRequest", "Tuned", "tune"]
+__all__ = ["TuneRequest", "Tuned", "run_trial", "tune"]
 
 RATE = "recipe.optimizer.learning_rate"
-FACTOR = 3
-SHARES = (1 / 9, 1 / 3, 1.0)
-"""Of its length that a trial runs in each round; one of ``FACTOR`` goes on."""
 OWN_FAULT = (ConfigError, JobError, NonFiniteLossError, UserCodeError)
 """What a trial's own settings or the job's own code did wrong: it would end the same way again."""
 
@@ -53,7 +50,7 @@ class TuneRequest:
     search: tuple[str, ...]
     args: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    trials: int = 12
+    trials: int = 16
     metric: str = "loss"
     mode: str | None = None
     """"min" or "max", which of the metric's values is the best; None: as its name says."""
@@ -65,17 +62,6 @@ class TuneRequest:
     def grows(self) -> bool:
         """Whether more of the metric is better."""
         return direction_of(self.metric, self.mode) == "max"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a search: what was set, how far it came, and the best of the metric on the way."""
-
-    name: str
-    settings: Mapping[str, str]
-    state: str
-    progress: float
-    best: float | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ class Tuned:
 
 
 def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
-    """Try ``request.trials`` settings by successive halving; the same command again goes on after a crash.
+    """Try ``request.trials`` settings by ASHA; the same command again goes on after a crash.
 
     Every trial is a run like any other, in ``<checkpoint.uri>/tune-<name>/runs/<trial>``: its checkpoints let it go on.
 
@@ -128,20 +114,21 @@ def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
     with RayCluster.connect(address_of(request.address), log=folder / "ray.log") as cluster:
         together = _together(job.config, cluster.shape)
         listener.note(f"{request.trials} trials, {together} at a time, in {folder}")
-        _fit(request, ranges, folder, together)
-    trials = _trials(folder, request.metric, grows)
-    if not trials or trials[0].best is None:
-        raise _nothing_measured(request, folder)
-    tuned = Tuned(folder, request.metric, grows, trials, together)
-    _draw(tuned, job.config.name)
-    if lost := [trial for trial in trials if trial.state == "lost"]:
+        trials = Trials(folder, request.metric, grows)
+        _fit(request, ranges, trials, together, listener.note)
+    ranked = trials.ranked()
+    if not ranked or ranked[0].best is None:
+        raise _nothing_measured(trials)
+    tuned = Tuned(folder, request.metric, grows, ranked, together)
+    _draw(tuned, trials, job.config.name)
+    if lost := [trial for trial in ranked if trial.state == "lost"]:
         listener.note(
-            f"{len(lost)} of {len(trials)} trials were lost to the machine: the same command tries them again"
+            f"{len(lost)} of {len(ranked)} trials were lost to the machine: the same command tries them again"
         )
     return tuned
 
 
-def _draw(tuned: Tuned, name: str) -> None:
+def _draw(tuned: Tuned, trials: Trials, name: str) -> None:
     """Write the search down as a page: what was tried, what came of it, and each trial's way there."""
     rows = [
         SearchedTrial(
@@ -150,16 +137,11 @@ def _draw(tuned: Tuned, name: str) -> None:
             state=trial.state,
             share=trial.progress,
             best=trial.best,
-            points=_points(tuned.folder / "runs" / trial.name, tuned.metric),
+            points=trials.points(trial.name),
         )
         for trial in tuned.trials
     ]
     write_text(tuned.report, render_search(name, tuned.metric, rows, tuned.set_line))
-
-
-def _points(root: Path, metric: str) -> tuple[tuple[float, float, int], ...]:
-    records = _lines(root / "evaluations.jsonl")
-    return tuple((r["progress"], r["metrics"][metric], r["step"]) for r in records if metric in r["metrics"])
 
 
 def _need_optuna() -> None:
@@ -203,80 +185,49 @@ def _together(config: RunConfig, shape: ClusterShape) -> int:
     return shape.room(config.scale) // fewest
 
 
-def _fit(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> None:
-    """Run every round that is not done yet: what the trials wrote down themselves says how far each has come."""
-    names = _first_round(request, ranges, folder, together)
-    for share in SHARES:
-        due = [name for name in names if _reached(folder, name) < share]
-        if due:
-            trials = [{"name": name, "settings": read_json(folder / "settings" / f"{name}.json")} for name in due]
-            _round(request, folder, {"trial": _grid(trials)}, share, together)
-        order = [trial.name for trial in _trials(folder, request.metric, request.grows) if trial.best is not None]
-        names = [name for name in order if name in names][: max(1, math.ceil(len(names) / FACTOR))]
-
-
-def _first_round(request: TuneRequest, ranges: Sequence[Range], folder: Path, together: int) -> list[str]:
-    """Names of all trials, whose settings are written down: drawn at once, or one after another by Optuna."""
-    (folder / "settings").mkdir(exist_ok=True)
-    known = _names(folder)
-    if request.optuna and len(known) < request.trials:
-        space = {"settings": {found.field: _domain(found) for found in ranges}}
-        searcher = _optuna(request, ranges, folder)
-        _round(request, folder, space, SHARES[0], together, request.trials - len(known), searcher)
-    elif len(known) < request.trials:  # a search may have been killed between two of them
-        for index, drawn in enumerate(draw(ranges, request.trials, request.seed)):
-            write_json(folder / "settings" / f"trial-{index:03d}.json", drawn)
-    return _names(folder)
-
-
-def _round(
-    request: TuneRequest,
-    folder: Path,
-    space: dict[str, Any],
-    share: float,
-    together: int,
-    count: int = 1,
-    searcher: Any = None,
+def _fit(
+    request: TuneRequest, ranges: Sequence[Range], trials: Trials, together: int, tell: Callable[[str], None]
 ) -> None:
-    """Run trials to ``share`` of their length: those in ``space``, or ``count`` of what ``searcher`` finds in it."""
+    """Run every trial that is not done yet, those that have come furthest first: others are held against them.
+
+    Raises:
+        Exception: what a trial ended by in a way that nobody foresaw.
+    """
     from ray import tune as ray_tune
 
+    from orchestrator.launching.halving import Halving, Settings
+
+    known = _written_down(request, ranges, trials)
+    due = sorted((name for name in known if not trials.is_done(name)), key=lambda name: (-trials.progress(name), name))
+    drawn = request.trials - len(known)
+    if not due and not drawn:
+        return
+
     def trial(chosen: dict[str, Any]) -> None:
-        run_trial(request, folder, chosen.get("trial", chosen), share)
+        run_trial(request, trials, chosen["trial"], ray_tune.report)
 
     tuner = ray_tune.Tuner(
         # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
         ray_tune.with_resources(trial, {"memory": 1}),
-        param_space=space,
         tune_config=ray_tune.TuneConfig(
-            metric="value",
-            mode="max" if request.grows else "min",
-            num_samples=count,
+            num_samples=len(due) + drawn,
             max_concurrent_trials=together,
-            search_alg=searcher,
+            search_alg=Settings(due, trials, _optuna(request, ranges, trials) if drawn else None),
+            scheduler=Halving(trials, tell),
         ),
-        run_config=ray_tune.RunConfig(name=f"round-{share:.3f}", storage_path=str(folder / "ray"), verbose=0),
+        run_config=ray_tune.RunConfig(name="search", storage_path=str(trials.folder / "ray"), verbose=0),
     )
-    tuner.fit()
+    for error in tuner.fit().errors:
+        raise error
 
 
-def _grid(trials: list[dict[str, Any]]) -> Any:
-    from ray import tune as ray_tune
-
-    return ray_tune.grid_search(trials)
-
-
-def _reached(folder: Path, name: str) -> float:
-    """How far a trial has come, as a share of its length; one that failed is done, one that was lost is not."""
-    if _ended(folder, name, "failed").exists():
-        return 1.0
-    summary = read_json(folder / "runs" / name / "summary.json") or {}
-    return 1.0 if summary.get("state") == "finished" else _progress(folder / "runs" / name)
-
-
-def _progress(root: Path) -> float:
-    records, plan = _lines(root / "evaluations.jsonl"), read_json(root / "plan.json") or {}
-    return min(1.0, records[-1]["progress"] / plan["length"]) if records and plan.get("length") else 0.0
+def _written_down(request: TuneRequest, ranges: Sequence[Range], trials: Trials) -> list[str]:
+    """Names of all trials whose settings are known: all of them, unless Optuna draws one after the other."""
+    (trials.folder / "settings").mkdir(exist_ok=True)
+    if not request.optuna and len(trials.names()) < request.trials:  # it may have been killed between two of them
+        for index, drawn in enumerate(draw(ranges, request.trials, request.seed)):
+            trials.keep(f"trial-{index:03d}", drawn)
+    return trials.names()
 
 
 def _domain(found: Range) -> Any:
@@ -293,18 +244,19 @@ def _domain(found: Range) -> Any:
     return (ray_tune.loguniform if found.kind == "loguniform" else ray_tune.uniform)(low, high)
 
 
-def _optuna(request: TuneRequest, ranges: Sequence[Range], folder: Path) -> Any:
+def _optuna(request: TuneRequest, ranges: Sequence[Range], trials: Trials) -> Any:
     """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
     from ray.tune.search.optuna import OptunaSearch
 
-    trials = _trials(folder, request.metric, request.grows)
-    known = [trial for trial in trials if trial.best is not None and trial.state != "failed"]
+    names = trials.names()
+    known = [one for one in trials.ranked() if one.best is not None and one.state in ("finished", "ended early")]
     return OptunaSearch(
-        points_to_evaluate=[
-            {f"settings/{r.field}": _value(r, trial.settings[r.field]) for r in ranges} for trial in known
-        ],
+        space={found.field: _domain(found) for found in ranges},
+        metric="value",
+        mode="max" if trials.grows else "min",
+        points_to_evaluate=[{r.field: _value(r, trial.settings[r.field]) for r in ranges} for trial in known],
         evaluated_rewards=[trial.best for trial in known],
-        seed=request.seed + len(trials),  # the same seed would begin with the same settings again
+        seed=request.seed + len(names),  # the same seed would begin with the same settings again
     )
 
 
@@ -316,15 +268,29 @@ def _value(found: Range, text: str) -> Any:
     return min(max(int(text) if found.kind == "randint" else float(text), low), high)
 
 
-def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], share: float) -> None:
-    """Run a trial on to ``share`` of its length, in the process that Ray Tune gave it, and report its last value."""
-    from ray import tune as ray_tune
+def run_trial(request: TuneRequest, trials: Trials, name: str, report: Callable[[dict[str, Any]], Any]) -> None:
+    """Run a trial, in the process that Ray Tune gave it, and stop where it is judged; ``report`` ends it there or not.
 
-    name = chosen.get("name") or f"trial-{ray_tune.get_context().get_trial_id().replace('_', '-')}"
-    settings = {field: _text(value) for field, value in chosen["settings"].items()}
-    write_json(folder / "settings" / f"{name}.json", settings)
-    overrides = [*request.overrides, *(f"{field}={value}" for field, value in settings.items())]
-    overrides += [f"name={name}", f"checkpoint.uri={folder / 'runs'}"]
+    What it had run before the search was interrupted is reported again as it was.
+    """
+    from orchestrator.launching.halving import result_of
+
+    for share, next_share in zip(SHARES, (*SHARES[1:], math.inf), strict=True):
+        judged = trials.judged(name, share)
+        if judged is None:
+            _run_to(request, trials, name, share)
+            judged = trials.judged(name, share)
+        if judged is None or trials.why(name, "failed", "lost") is not None:
+            report(result_of(trials, name, Judged(max(share, trials.progress(name)), None)))
+            return
+        if judged.share < next_share:  # or the same evaluation is what it is judged by then
+            report(result_of(trials, name, judged))
+
+
+def _run_to(request: TuneRequest, trials: Trials, name: str, share: float) -> None:
+    """Run a trial on to the first evaluation past ``share`` of its length, and write down how it broke, if it does."""
+    overrides = [*request.overrides, *(f"{field}={value}" for field, value in trials.settings(name).items())]
+    overrides += [f"name={name}", f"checkpoint.uri={trials.folder / 'runs'}"]
     trial = RunRequest(
         request.job,
         request.args,
@@ -333,22 +299,13 @@ def run_trial(request: TuneRequest, folder: Path, chosen: Mapping[str, Any], sha
         probe=False,
         pause_share=share if share < 1.0 else None,
     )
-    _ended(folder, name, "lost").unlink(missing_ok=True)
+    trials.begin(name)
     try:
         driver.run(trial, _Silent())
     except OWN_FAULT as error:  # a setting that diverges is a result, and no reason to end the search
-        write_json(_ended(folder, name, "failed"), {"error": str(error)})
+        trials.end(name, "failed", str(error))
     except OrchestratorError as error:  # workers, a node or a store were lost: that says nothing of the setting
-        write_json(_ended(folder, name, "lost"), {"error": str(error)})
-    records = _lines(RunFolder(folder / "runs" / name).evaluations)
-    values = [r["metrics"][request.metric] for r in records if request.metric in r["metrics"]]
-    worst = -math.inf if request.grows else math.inf
-    ray_tune.report({"value": values[-1] if values else worst})
-
-
-def _ended(folder: Path, name: str, how: str) -> Path:
-    """Where a trial that ``failed``, or was ``lost``, says why."""
-    return folder / "settings" / f"{name}.{how}.json"
+        trials.end(name, "lost", str(error))
 
 
 class _Silent:
@@ -362,50 +319,15 @@ class _Silent:
     def begins(self, config: RunConfig) -> None: ...
 
 
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _trials(folder: Path, metric: str, grows: bool) -> tuple[Trial, ...]:
-    """What the runs wrote down themselves, from best to worst; those that measured nothing last."""
-    found = []
-    for name in _names(folder):
-        root = folder / "runs" / name
-        values = [r["metrics"][metric] for r in _lines(root / "evaluations.jsonl") if metric in r["metrics"]]
-        best = (max if grows else min)(values, default=None)
-        settings = read_json(folder / "settings" / f"{name}.json") or {}
-        found.append(Trial(name, settings, _state(folder, name), _progress(root), best))
-    sign = -1.0 if grows else 1.0
-    return tuple(sorted(found, key=lambda trial: math.inf if trial.best is None else sign * trial.best))
-
-
-def _names(folder: Path) -> list[str]:
-    """All trials whose settings are written down."""
-    return sorted(path.stem for path in (folder / "settings").glob("trial-*.json") if "." not in path.stem)
-
-
-def _state(folder: Path, name: str) -> str:
-    for how in ("failed", "lost"):
-        if _ended(folder, name, how).exists():
-            return how
-    summary = read_json(folder / "runs" / name / "summary.json") or {}
-    return "finished" if summary.get("state") == "finished" else "ended early"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _nothing_measured(request: TuneRequest, folder: Path) -> OrchestratorError:
+def _nothing_measured(trials: Trials) -> OrchestratorError:
     """Why there is no result: what the first trial that failed said, or else the first that was lost."""
-    said = f"no trial measured metric={request.metric!r}"
-    names = _names(folder)
-    for failed in (_ended(folder, name, "failed") for name in names):
-        if (why := read_json(failed)) is not None:
-            return ConfigError(f"{said}: the first that failed said: {why['error']}")
-    for lost in (_ended(folder, name, "lost") for name in names):
-        if (why := read_json(lost)) is not None:
+    said = f"no trial measured metric={trials.metric!r}"
+    for name in trials.names():
+        if (why := trials.why(name, "failed")) is not None:
+            return ConfigError(f"{said}: the first that failed said: {why}")
+    for name in trials.names():
+        if (why := trials.why(name, "lost")) is not None:
             return WorkerLostError(
-                f"{said}: the first that was lost said: {why['error']}\nthe same command tries the lost ones again"
+                f"{said}: the first that was lost said: {why}\nthe same command tries the lost ones again"
             )
     return ConfigError(f"{said}: the job has no such metric, or no evaluation data")
