@@ -8,7 +8,7 @@ from dataclasses import asdict
 from orchestrator.planning.costing import Alternative, Costing
 from orchestrator.planning.memory import BUCKET_ELEMENTS, FLATTENED_ELEMENTS, FRAGMENTATION, LIVE_ELEMENTS
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.roofline import CONTENTION, OVERLAP, UNSEEN
+from orchestrator.planning.roofline import CONTENTION, OVERLAP, UNSEEN, StepTerms, Traffic
 from orchestrator.telemetry import human
 
 __all__ = ["alternative_rows", "explain_lines", "memory_rows", "plan_lines"]
@@ -181,88 +181,58 @@ def _buckets(plan: Plan, element: int) -> str:
 
 def _step_formulas(plan: Plan, costing: Costing) -> Iterator[tuple[str, str]]:
     step, terms, layout = costing.step, costing.terms.step, plan.layout
-    rate = human.size(terms.memory_bytes_per_s)
-    for kernel in terms.kernels:
-        reached = kernel.flops / kernel.seconds if kernel.seconds else 0.0
-        flops = (
-            f"{_flops(kernel.flops)} at {reached / terms.peak_flops_per_s:.1%} of {_flops(terms.peak_flops_per_s)}/s, "
-            if kernel.flops
-            else ""
-        )
-        yield (
-            kernel.kind,
-            (
-                f"{flops}{human.size(kernel.moved_bytes)} at up to {rate}/s: the "
-                f"longest of each kernel's, with launches, is {_seconds(kernel.seconds)} a micro batch"
-            ),
-        )
-    once = sum(kernel.seconds for kernel in terms.kernels)
-    computed = layout.accumulation * once
-    yield "compute", f"{layout.accumulation} x {_seconds(once)} = {_seconds(computed)}"
-    communicated = 0.0
+    yield from _compute_formulas(terms, layout.accumulation)
+    total = layout.accumulation * sum(kernel.seconds for kernel in terms.kernels)
     if (traffic := terms.traffic) is not None:
-        communicated = traffic.seconds - (1 - CONTENTION) * terms.hidden_s
-        for name, num_bytes in traffic.bytes_by_operation.items():
-            rate = f"{human.size(traffic.bytes_per_s)}/s"
-            seconds = _seconds(num_bytes / traffic.bytes_per_s)
-            yield "volume", f"{name}: {human.size(num_bytes)} / {rate} = {seconds}"
-        yield (
-            "latency",
-            (
-                f"{human.number(traffic.messages)} messages x {_seconds(traffic.message_s)} = "
-                f"{_seconds(traffic.messages * traffic.message_s)}"
-            ),
-        )
-        yield (
-            "overlap",
-            (
-                f"stages 2 and 3 hide at most {OVERLAP:.0%} of compute: {_seconds(terms.hidden_s)} hidden, "
-                f"of which compute pays {CONTENTION:.0%}"
-            ),
-        )
-        yield (
-            "communication",
-            (
-                f"{_seconds(traffic.seconds)} - {1 - CONTENTION:g} x {_seconds(terms.hidden_s)} = "
-                f"{_seconds(communicated)}"
-            ),
-        )
-    updated = terms.update_bytes / terms.update_bytes_per_s
-    yield (
-        "optimizer",
-        (
-            f"{human.size(terms.update_bytes)} read and written / {human.size(terms.update_bytes_per_s)}/s = "
-            f"{_seconds(updated)}"
-        ),
-    )
-    moved = terms.offload_bytes / terms.offload_bytes_per_s
-    if moved:
-        yield (
-            "offload",
-            (
-                f"{human.size(terms.offload_bytes)} / {human.size(terms.offload_bytes_per_s)}/s over PCIe = "
-                f"{_seconds(moved)}"
-            ),
-        )
-    total = computed + communicated + updated + moved
+        yield from _communication_formulas(traffic, terms.hidden_s)
+        total += _communicated_s(traffic, terms.hidden_s)
+    total += terms.update_bytes / terms.update_bytes_per_s + terms.offload_bytes / terms.offload_bytes_per_s
+    yield from _update_formulas(terms)
     yield "unseen", f"{UNSEEN:.0%} of {_seconds(total)} = {_seconds(UNSEEN * total)}"
     predicted = (1 + UNSEEN) * total
     measured = f" x {step.total / predicted:.3g}, as the probe measured" if costing.timed else ""
     yield "step", f"{_seconds(total)} + {_seconds(UNSEEN * total)}{measured} = {_seconds(step.total)}"
-    yield (
-        "speed",
-        (
-            f"{layout.global_batch} samples / {_seconds(costing.step_time_s)} = "
-            f"{human.number(costing.samples_per_s)} samples/s"
-        ),
-    )
-    yield (
-        "MFU",
-        (
-            f"{_flops(costing.flops_per_sample)} a sample x {human.number(costing.samples_per_s)} samples/s / "
-            f"({layout.workers} x {_flops(terms.peak_flops_per_s)}/s) = {costing.mfu:.3f}"
-        ),
-    )
+    speed = f"{human.number(costing.samples_per_s)} samples/s"
+    yield "speed", f"{layout.global_batch} samples / {_seconds(costing.step_time_s)} = {speed}"
+    peak = f"({layout.workers} x {_flops(terms.peak_flops_per_s)}/s)"
+    yield "MFU", f"{_flops(costing.flops_per_sample)} a sample x {speed} / {peak} = {costing.mfu:.3f}"
+
+
+def _compute_formulas(terms: StepTerms, accumulation: int) -> Iterator[tuple[str, str]]:
+    rate = human.size(terms.memory_bytes_per_s)
+    for kernel in terms.kernels:
+        reached = kernel.flops / kernel.seconds if kernel.seconds else 0.0
+        share = f"{reached / terms.peak_flops_per_s:.1%} of {_flops(terms.peak_flops_per_s)}/s, "
+        flops = f"{_flops(kernel.flops)} at {share}" if kernel.flops else ""
+        moved = f"{human.size(kernel.moved_bytes)} at up to {rate}/s"
+        took = f"the longest of each kernel's, with launches, is {_seconds(kernel.seconds)} a micro batch"
+        yield kernel.kind, f"{flops}{moved}: {took}"
+    once = sum(kernel.seconds for kernel in terms.kernels)
+    yield "compute", f"{accumulation} x {_seconds(once)} = {_seconds(accumulation * once)}"
+
+
+def _communication_formulas(traffic: Traffic, hidden_s: float) -> Iterator[tuple[str, str]]:
+    rate = f"{human.size(traffic.bytes_per_s)}/s"
+    for name, num_bytes in traffic.bytes_by_operation.items():
+        yield "volume", f"{name}: {human.size(num_bytes)} / {rate} = {_seconds(num_bytes / traffic.bytes_per_s)}"
+    messages = f"{human.number(traffic.messages)} messages x {_seconds(traffic.message_s)}"
+    yield "latency", f"{messages} = {_seconds(traffic.messages * traffic.message_s)}"
+    hidden = f"stages 2 and 3 hide at most {OVERLAP:.0%} of compute: {_seconds(hidden_s)} hidden"
+    yield "overlap", f"{hidden}, of which compute pays {CONTENTION:.0%}"
+    left = f"{_seconds(traffic.seconds)} - {1 - CONTENTION:g} x {_seconds(hidden_s)}"
+    yield "communication", f"{left} = {_seconds(_communicated_s(traffic, hidden_s))}"
+
+
+def _communicated_s(traffic: Traffic, hidden_s: float) -> float:
+    return float(traffic.seconds - (1 - CONTENTION) * hidden_s)
+
+
+def _update_formulas(terms: StepTerms) -> Iterator[tuple[str, str]]:
+    moved = f"{human.size(terms.update_bytes)} read and written / {human.size(terms.update_bytes_per_s)}/s"
+    yield "optimizer", f"{moved} = {_seconds(terms.update_bytes / terms.update_bytes_per_s)}"
+    if terms.offload_bytes:
+        moved = f"{human.size(terms.offload_bytes)} / {human.size(terms.offload_bytes_per_s)}/s over PCIe"
+        yield "offload", f"{moved} = {_seconds(terms.offload_bytes / terms.offload_bytes_per_s)}"
 
 
 def _flops(value: float) -> str:
