@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from orchestrator.fleet.answer import answer
 from orchestrator.fleet.cluster import Fleet
-from orchestrator.fleet.placement import Choice, Wish, place
+from orchestrator.fleet.placement import Choice, Placed, Wish, place
 from orchestrator.fleet.quotas import check_quotas, limits
 from orchestrator.fleet.rating import Options, options
+from orchestrator.fleet.turns import Patience, take_turns
 from orchestrator.fleet.view import Allocations, JobView
 from orchestrator.fleet.worth import staying
 
@@ -23,13 +24,19 @@ __all__ = ["FairPolicy"]
 class FairPolicy:
     """Every run its smallest size, then all of them the next one, until the devices are given out.
 
-    Where there are more runs than devices, those that had least are first; a run that runs keeps its turn for
-    ``term_s``. Within a round, runs that have the size already are first, then those submitted first, so that shares
-    change only as far as they must. With quotas, each queue shares what it is sure of, and then the rest.
+    Where there are more runs than devices, those with more priority are first, then those that had least; a run that
+    runs keeps its turn for ``term_s``. Within a round, runs that have the size already are first, then those submitted
+    first, so that shares change only as far as they must. With quotas, each queue shares what it is sure of, and then
+    the rest.
+
+    Nobody starves, whatever the priorities and in whatever pieces the devices are free: a run that has waited its
+    longest, or since then had too little, must run, before all others, for a term (``fleet.turns``). Each of ``n`` runs
+    that has a place at all runs within ``longest_wait_s + n term_s`` of its submission; with quotas, each that its
+    queue has room for.
     """
 
     quotas: Mapping[str, int] = field(default_factory=dict)
-    term_s: float = 600.0
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         check_quotas(self.quotas)
@@ -40,19 +47,25 @@ class FairPolicy:
         rated = options(fleet)
         stays = staying(fleet, rated)
         queue, limit = limits(fleet, self.quotas)
+        turns = take_turns(fleet, rated, stays, self.patience.lacking(fleet, rated), queue, limit)
         shares = _Shares(fleet, rated, stays, queue, np.append(limit, fleet.devices))
-        order = sorted(range(len(fleet.jobs)), key=lambda job: self._turn(fleet, job))
+        shares.give(turns.sure)
+        first = {job: number for number, job in enumerate(turns.borrowing)}
+        order = sorted(range(len(fleet.jobs)), key=lambda job: (first.get(job, len(first)), self._turn(fleet, job)))
         shares.fill(order)
         if len(limit):
             shares.left_of_queue[:] = fleet.devices
             shares.fill(order)
         wishes = [_wish(fleet, rated, int(stays[job]), job, row) for job, row in sorted(shares.picked.items())]
+        placed = place(fleet, wishes)
+        if not turns.sure.keys() <= placed.keys():
+            placed = place(fleet, wishes, turns.sure)
         waiting = {job: _why_waiting(job in shares.picked) for job in order if rated.of(job)}
-        return answer(fleet, rated, place(fleet, wishes), {}, waiting)
+        return answer(fleet, rated, placed, turns.notes(fleet), waiting | turns.why_waiting())
 
     def _turn(self, fleet: Fleet, job: int) -> tuple[float, float, int]:
         view, here = fleet.jobs[job], fleet.current[job]
-        head_start = 0.0 if here is None else self.term_s * here.devices
+        head_start = 0.0 if here is None else self.patience.term_s * here.devices
         return -view.priority, view.attained_device_s - head_start, job
 
 
@@ -77,6 +90,11 @@ class _Shares:
         self.left_of_kind = list(self.fleet.capacity)
         self.shunned = self.fleet.shunned
         self.left_avoiding = [one.devices for one in self.shunned]
+
+    def give(self, places: Mapping[int, Placed]) -> None:
+        """What has places beside each other, before all rounds."""
+        for job, placed in places.items():
+            self._take(job, placed.choice.row)
 
     def fill(self, order: Sequence[int]) -> None:
         """The smallest size in turn, then rounds of the next size."""

@@ -28,7 +28,8 @@ class FifoPolicy:
     A run asks for the largest size that uses its devices at least half as well as its smallest one, and for the
     smallest where it was never timed. The first that does not fit holds up all behind it. With quotas it holds up its
     own queue; a queue borrows while no other one waits for what it is sure of, and gives nothing back before its runs
-    end.
+    end. So if runs end, each that has a place starts by the time all before it could have ended one after another; with
+    quotas, all others.
     """
 
     quotas: Mapping[str, int] = field(default_factory=dict)
@@ -52,28 +53,26 @@ class FifoPolicy:
             else:
                 waiting.append(job)
         waiting.sort(key=lambda job: (-fleet.jobs[job].priority, job))
-        borrowers, blocked = [], set()
-        for job in waiting:
-            sizes = [row for row in _asked(rated, job) if rated.devices[row] <= left[queue[job]]]
-            if queue[job] in blocked or not sizes:
-                borrowers.append(job)
-                continue
-            if (row := _start(board, rated, job, sizes)) is None:
-                blocked.add(queue[job])
-            else:
+        behind, held, owed = [], set(), False
+        for job in (job for job in waiting if rated.of(job)):
+            within = [row for row in _asked(rated, job) if rated.devices[row] <= left[queue[job]]]
+            first = queue[job] not in held
+            if first and (row := _start(board, rated, job, within)) is not None:
                 left[queue[job]] -= rated.devices[row]
-        for job in borrowers if len(limit) and not blocked else []:
-            if _asked(rated, job) and _start(board, rated, job, _asked(rated, job)) is None:
+                continue
+            owed = owed or (first and bool(within))
+            held.add(queue[job])
+            behind.append(job)
+        for job in behind if len(limit) and not owed else []:
+            if _start(board, rated, job, _asked(rated, job)) is None:
                 break
-        first = {job: "runs that came before it, or have more priority, are first" for job in waiting if rated.of(job)}
-        return answer(fleet, rated, board.settled, {}, first)
+        why = {job: "runs that came before it, or have more priority, are first" for job in waiting if rated.of(job)}
+        return answer(fleet, rated, board.settled, {}, why)
 
 
 def _asked(rated: Options, job: int) -> list[int]:
     """The size it asks for on each type, the fastest type first."""
     rows = rated.of(job)
-    if not rows:
-        return []
     efficiency = rated.goodput / rated.devices
     found: dict[int, int] = {}
     for row in rows:

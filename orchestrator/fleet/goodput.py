@@ -2,11 +2,9 @@
 
 The sum of what runs have is maximised exactly (``fleet.knapsack``), under these rules:
 
-1. **Nobody starves.** A run that has waited ``longest_wait_s``, or since then had less than ``least_share`` of its
-   smallest size, must run, before everything else; it then keeps running until it is ``term_s`` ahead of that. If more
-   of those lack than have places at once (``fleet.turns``), the one that lacks most is first. So of ``n`` runs that
-   were submitted together each that has a place at all runs within ``longest_wait_s + n term_s``; with quotas, each
-   that its queue has room for.
+1. **Nobody starves.** A run that has waited its longest, or since then had too little, must run, before everything
+   else, for a term (``fleet.turns``). Each of ``n`` runs that has a place at all runs within ``longest_wait_s + n
+   term_s`` of its submission; with quotas, each that its queue has room for.
 2. **Quotas.** First each queue is given what is best for it within its quota (queues without one share what quotas
    leave); then what is left goes to whoever is worth most, on top of that. Borrowed devices go back when their owner
    asks.
@@ -30,7 +28,7 @@ from orchestrator.fleet.knapsack import Problem, solve
 from orchestrator.fleet.placement import Choice, Placed, Wish, place
 from orchestrator.fleet.quotas import check_quotas, limits
 from orchestrator.fleet.rating import Options, options
-from orchestrator.fleet.turns import Turns, take_turns
+from orchestrator.fleet.turns import Patience, Turns, take_turns
 from orchestrator.fleet.view import Allocations, JobView
 from orchestrator.fleet.worth import Worth, worth
 
@@ -45,9 +43,7 @@ class GoodputPolicy:
 
     quotas: Mapping[str, int] = field(default_factory=dict)
     """Devices that each queue is sure of."""
-    longest_wait_s: float = 1800.0
-    term_s: float = 600.0
-    least_share: float = 0.25
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         check_quotas(self.quotas)
@@ -58,36 +54,20 @@ class GoodputPolicy:
         rated = options(fleet)
         queue, limit = limits(fleet, self.quotas)
         judged = worth(fleet, rated, now_s)
-        turns = take_turns(fleet, rated, judged, self._lacking(fleet), queue, limit)
-        due = (*turns.sure, *turns.borrowing)
-        judged = _insisting(judged, rated, due)
+        turns = take_turns(fleet, rated, judged.stays, self.patience.lacking(fleet, rated), queue, limit)
+        judged = _insisting(judged, rated, turns.due)
         picked = _picked(fleet, rated, judged, queue, limit)
         placed = _place(fleet, rated, judged, picked)
         placed = _no_worse(fleet, rated, judged, placed, _unmoved(rated, judged, picked, queue, limit))
         if not turns.sure.keys() <= placed.keys():
             placed = _place(fleet, rated, judged, picked, turns.sure)
-        notes = {job: ("it had waited its longest",) for job in due if fleet.current[job] is None}
-        return answer(fleet, rated, placed, notes, _why_waiting(picked, turns))
-
-    def _lacking(self, fleet: Fleet) -> list[int]:
-        """Jobs that should run now, those that lack most first."""
-        lacking = []
-        for index, job in enumerate(fleet.jobs):
-            late_s = job.age_s - self.longest_wait_s
-            lacks_s = self.least_share * late_s - job.attained_device_s / job.workers_range[0]
-            if fleet.current[index] is not None:
-                lacks_s += self.term_s
-            if late_s >= 0.0 and (lacks_s > 0.0 or job.attained_device_s <= 0.0):
-                lacking.append((-lacks_s, index))
-        return [index for _, index in sorted(lacking)]
+        return answer(fleet, rated, placed, turns.notes(fleet), _why_waiting(picked, turns))
 
 
 def _why_waiting(picked: Index, turns: Turns) -> dict[int, str]:
     """For those that were to have devices and found no place, and those whose turn comes later."""
     no_place = "there is no room for it without moves that cost more than they gain"
-    return dict.fromkeys(map(int, np.flatnonzero(picked >= 0)), no_place) | dict.fromkeys(
-        turns.later, "has waited its longest, as have others that lack more"
-    )
+    return dict.fromkeys(map(int, np.flatnonzero(picked >= 0)), no_place) | turns.why_waiting()
 
 
 def _picked(fleet: Fleet, rated: Options, judged: Worth, queue: Index, limit: Index) -> Index:

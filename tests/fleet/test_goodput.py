@@ -172,7 +172,7 @@ def test_of_those_that_waited_longest_as_many_run_as_fit_on_their_types() -> Non
     waiting = [job("a", **late), job("b", **late), job("c", age_s=4900.0, workers_range=(2, 2))]
     answer = GoodputPolicy().allocate(waiting, nodes(gpu=(1, 4), old=(1, 4)), NOW_S)
     assert devices(answer) == {"a": 3, "b": 3, "c": 0}
-    assert answer.waiting["c"] == "has waited its longest, as have others that lack more"
+    assert answer.waiting["c"] == "has waited its longest, as have others that have had less"
 
 
 def test_a_run_that_was_let_in_late_has_its_term() -> None:

@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from fleets import NOW_S, clusters, fleets, job, nodes, running
 from orchestrator.errors import ConfigError
 from orchestrator.fleet import POLICIES, Allocations, JobView, Policy, make_policy
+from orchestrator.fleet.cluster import Fleet
+from orchestrator.fleet.quotas import limits
+from orchestrator.fleet.rating import options
+from orchestrator.fleet.worth import staying
 
 Given = tuple[list[JobView], dict[str, tuple[str, int]]]
 QUOTAS = {"a": 4, "b": 6}
@@ -90,7 +94,7 @@ def test_nobody_borrows_while_its_owner_could_use_it(name: str, given: Given) ->
 
 @st.composite
 def crowds(draw: st.DrawFn) -> Given:
-    """Runs that never end and were submitted together, on one or two types: minima, priorities and nodes avoided."""
+    """Runs that came one after another, on one or two types: minima, priorities, queues and nodes avoided."""
     cluster = draw(clusters())
     known = draw(st.booleans())
     runs = []
@@ -99,9 +103,11 @@ def crowds(draw: st.DrawFn) -> Given:
         runs.append(
             job(
                 f"run-{index}",
+                submitted_s=draw(st.sampled_from([0.0, 0.0, 900.0, 6000.0])),
                 remaining_progress=10.0 ** (5 + index) if known else None,
                 workers_range=(low, draw(st.sampled_from([low, 16]))),
                 priority=draw(st.sampled_from([0, 6])),
+                queue=draw(st.sampled_from(["a", "b", "c"])),
                 avoid=frozenset(draw(st.sets(st.sampled_from(sorted(cluster)), max_size=2))),
             )
         )
@@ -119,50 +125,145 @@ def has_a_place(view: JobView, cluster: dict[str, tuple[str, int]]) -> bool:
     return False
 
 
-@settings(max_examples=6)
-@given(given=crowds())
-@example(given=([job("a"), job("b"), job("c", workers_range=(3, 3))], nodes(gpu=(1, 3))))
-@example(  # no place for one, who must not keep the last from its turn
-    given=(
-        [
-            job("none", workers_range=(8, 8), avoid=frozenset({"gpu-00"})),
-            job("heavy", workers_range=(8, 8), priority=6),
-            job("light", workers_range=(4, 4)),
-        ],
-        nodes(gpu=(2, 4)),
-    )
-)
-@example(  # five devices are free in two pieces, where only one run of two fits beside two of three
-    given=(
-        [
-            *(job(f"odd-{index}", workers_range=(3, 3), priority=6) for index in range(2)),
-            job("even", workers_range=(2, 2)),
-        ],
-        nodes(gpu=(2, 4)),
-    )
-)
-def test_every_run_runs_within_the_bound(given: Given) -> None:
-    """Rounds of a minute: each that has a place has its first turn, and its share after that."""
+def in_rounds(
+    name: str, given: Given, quotas: dict[str, int] | None, *, round_s: float, end_s: float, length_s: float = math.inf
+) -> dict[str, float]:
+    """When each run was first given devices, in s since the start; each ends when it has run ``length_s``."""
     jobs, cluster = given
-    policy = make_policy("goodput")
+    policy = make_policy(name, quotas=quotas)
     views = {view.name: view for view in jobs}
     first: dict[str, float] = {}
-    has: dict[str, float] = dict.fromkeys(views, 0.0)
-    bound_s = 1800.0 + (600.0 + 60.0) * len(jobs)
-    for minute in range(int(bound_s / 60.0) + 1):
-        now_s = 10_000.0 + 60.0 * minute
-        asked = [
-            replace(view, submitted_s=10_000.0, age_s=60.0 * minute, attained_device_s=has[name])
-            for name, view in views.items()
-        ]
+    ran_s: dict[str, float] = dict.fromkeys(views, 0.0)
+    for number in range(int(end_s / round_s) + 1):
+        now_s = number * round_s
+        here = {key: replace(view, age_s=now_s - view.submitted_s) for key, view in views.items()}
+        asked = [view for key, view in here.items() if view.age_s >= 0.0 and ran_s[key] < length_s]
         answer = policy.allocate(asked, cluster, now_s)
         check_devices(asked, cluster, answer)
-        for name, one in answer.items():
-            views[name] = replace(views[name], current=one)
+        for key, one in answer.items():
+            devices = 0 if one is None else one.devices
+            attained = views[key].attained_device_s + round_s * devices
+            views[key] = replace(views[key], current=one, attained_device_s=attained)
             if one is not None:
-                first.setdefault(name, 60.0 * minute)
-                has[name] += 60.0 * one.devices
-    assert set(first) == {view.name for view in jobs if has_a_place(view, cluster)}
+                first.setdefault(key, now_s)
+                ran_s[key] += round_s
+    return first
+
+
+def surely(jobs: list[JobView], cluster: dict[str, tuple[str, int]], quotas: dict[str, int] | None) -> set[str]:
+    """Runs that have a place, at a size that is within what their queue is sure of."""
+    fleet = Fleet.of(jobs, cluster)
+    rated, (queue, limit) = options(fleet), limits(fleet, quotas or {})
+    most = [fleet.devices if quotas is None else limit[queue[index]] for index in range(len(jobs))]
+    return {
+        view.name
+        for index, view in enumerate(fleet.jobs)
+        if has_a_place(view, cluster) and any(rated.devices[row] <= most[index] for row in rated.of(index))
+    }
+
+
+def starting(*jobs: JobView) -> list[JobView]:
+    return [replace(view, submitted_s=0.0) for view in jobs]
+
+
+IN_THE_WAY = (  # no place for one, who must not keep the last from its turn
+    starting(
+        job("none", workers_range=(8, 8), avoid=frozenset({"gpu-00"})),
+        job("heavy", workers_range=(8, 8), priority=6),
+        job("light", workers_range=(4, 4)),
+    ),
+    nodes(gpu=(2, 4)),
+)
+IN_PIECES = (  # five devices are free in two pieces, where only one run of two fits beside two of three
+    starting(
+        *(job(f"odd-{index}", workers_range=(3, 3), priority=6) for index in range(2)),
+        job("even", workers_range=(2, 2)),
+    ),
+    nodes(gpu=(2, 4)),
+)
+WIDE_BEHIND_SMALL = (  # there is always room for a small one when one ends
+    starting(
+        job("a", workers_range=(4, 4)),
+        *(job(f"wide-{index}", workers_range=(8, 8)) for index in range(2)),
+        *(job(f"x-{index}", workers_range=(4, 4)) for index in range(3)),
+    ),
+    nodes(gpu=(1, 8)),
+)
+LAST_OF_MANY = (  # the others have long had too little when the last one comes
+    [*starting(*(job(f"run-{index}") for index in range(7))), job("last", submitted_s=24_000.0)],
+    nodes(gpu=(1, 1)),
+)
+
+
+@pytest.mark.parametrize("name", ["fair", "goodput"])
+@settings(max_examples=8)
+@given(given=crowds(), quotas=st.sampled_from([None, QUOTAS]))
+@example(given=(starting(job("a"), job("b"), job("c", workers_range=(3, 3))), nodes(gpu=(1, 3))), quotas=None)
+@example(given=IN_THE_WAY, quotas=None)
+@example(given=IN_PIECES, quotas=None)
+@example(given=LAST_OF_MANY, quotas=None)
+def test_every_run_runs_within_the_bound(name: str, given: Given, quotas: dict[str, int] | None) -> None:
+    """None ever ends, and the policy is asked every five minutes: each that has a place has its first turn."""
+    jobs, cluster = given
+    bound_s = 1800.0 + (600.0 + 300.0) * len(jobs)
+    end_s = bound_s + max(view.submitted_s for view in jobs)
+    first = in_rounds(name, given, quotas, round_s=300.0, end_s=end_s)
+    late = {
+        key
+        for key, view in ((view.name, view) for view in jobs)
+        if first.get(key, math.inf) > bound_s + view.submitted_s
+    }
+    assert late.isdisjoint(surely(jobs, cluster, quotas))
+    assert first.keys() <= surely(jobs, cluster, None)
+
+
+def in_order(
+    jobs: list[JobView], cluster: dict[str, tuple[str, int]], quotas: dict[str, int] | None
+) -> list[list[str]]:
+    """Runs that wait and have a place, by who is first; a list for each queue that has a quota."""
+    fleet = Fleet.of(jobs, cluster)
+    rated, queue = options(fleet), limits(fleet, quotas or {})[0]
+    stays, found = staying(fleet, rated), defaultdict(list)
+    for index in sorted(range(len(jobs)), key=lambda index: (-fleet.jobs[index].priority, index)):
+        if stays[index] < 0 and rated.of(index):
+            found[queue[index]].append(fleet.jobs[index].name)
+    return list(found.values())
+
+
+WIDE_FIRST = (
+    [
+        running(job("runs", age_s=900.0), {"gpu-00": 4}),
+        job("wide", workers_range=(8, 8)),
+        job("x", workers_range=(4, 4)),
+    ],
+    nodes(gpu=(1, 8)),
+)
+WIDE_FIRST_OF_QUEUE = ([replace(view, queue="b") for view in WIDE_FIRST[0]], nodes(gpu=(1, 8)))
+
+
+@settings(max_examples=120)
+@given(given=fleets() | fleets(avoiding=True), quotas=st.sampled_from([None, QUOTAS]))
+@example(given=WIDE_FIRST, quotas=None)
+@example(given=WIDE_FIRST_OF_QUEUE, quotas=QUOTAS)
+def test_first_come_is_first_served(given: Given, quotas: dict[str, int] | None) -> None:
+    """Who came later, or has less priority, does not start while one before it waits; with quotas, in one queue."""
+    jobs, cluster = given
+    answer = make_policy("fifo", quotas=quotas).allocate(jobs, cluster, NOW_S)
+    for names in in_order(jobs, cluster, quotas):
+        started = [answer[name] is not None for name in names]
+        assert started == sorted(started, reverse=True)
+
+
+@settings(max_examples=40)
+@given(given=crowds(), quotas=st.sampled_from([None, QUOTAS]))
+@example(given=WIDE_BEHIND_SMALL, quotas=None)
+def test_first_come_starts_when_all_before_could_have_ended(given: Given, quotas: dict[str, int] | None) -> None:
+    """Ten minutes each, one after another; with quotas, those of the other queues as well."""
+    jobs, cluster = starting(*given[0]), given[1]
+    first = in_rounds("fifo", (jobs, cluster), quotas, round_s=300.0, end_s=600.0 * len(jobs), length_s=600.0)
+    for names in in_order(jobs, cluster, quotas):
+        for number, name in enumerate(names):
+            assert first[name] <= 600.0 * (number if quotas is None else len(surely(jobs, cluster, None)) - 1)
 
 
 @every_policy
