@@ -26,11 +26,11 @@ Index = NDArray[np.intp]
 class Patience:
     """How long a run may go short, and how long it keeps its turn then.
 
-    A run must run if it has waited ``longest_wait_s``, or since then had less than ``least_share`` of an equal share:
-    of its smallest size, for as much of the time as there would be if all runs took turns at theirs. It keeps running
-    until it is ``term_s`` ahead of that. Of those that must run the one that has had least is first. So one that never
-    ran is behind those only that are in their term, and later ones are behind it: if there are ``n`` runs in all, each
-    that has a place at all runs within ``longest_wait_s + n term_s`` of its submission.
+    A run must run if it has waited ``longest_wait_s``, or since then had less than ``least_share`` of its smallest
+    size; in a crowd less than half of what it would have if all took turns, or all would lack all the time. It keeps
+    running until it is ``term_s`` ahead of that. Of those that must run the one that has had least is first. So one
+    that never ran is behind those only that are in their term, and later ones are behind it: if there are ``n`` runs in
+    all, each that has a place at all runs within ``longest_wait_s + n term_s`` of its submission.
     """
 
     longest_wait_s: float = 1800.0
@@ -41,7 +41,7 @@ class Patience:
         """Jobs that should run now, those first that have had least: in s at their smallest size."""
         able = [job for job in range(len(fleet.jobs)) if rated.of(job)]
         smallest = sum(fleet.jobs[job].workers_range[0] for job in able)
-        share = self.least_share * min(1.0, fleet.devices / max(smallest, 1))
+        share = min(self.least_share, 0.5 * fleet.devices / max(smallest, 1))
         lacking = []
         for index in able:
             job = fleet.jobs[index]
