@@ -4,10 +4,10 @@
     python benchmarks/tuning.py --folder FOLDER --write     # the result into benchmarks/results/
 
 **Search.** A fine grid of learning rates from 1e-4 to 1, a factor of 1.41 apart, each trained to the end; then the
-search of `orchestrator tune` over the same range: its draws, where it judges trials (after 1/16, 1/4 and all of the
-length) and Ray Tune's ASHA as it judges them, here one trial after the other. There is a grid of the same seed: what
-differs is where the rates lie and how far they run. Wanted: a rate within a factor of 2 of that grid's best, for at
-most a quarter of the grid's samples.
+search of `orchestrator tune` over the same range: its draws, its rungs (after 1/9, 1/3 and all of the length) and its
+choice of who goes on, here one trial at a time. There is a grid of the same seed: what differs is where the rates lie
+and how far they run. Wanted: a rate within a factor of 2 of that grid's best, for at most a quarter of the grid's
+samples.
 
 **Transfer.** The same grid at four times the batch, against the best rate of the small batch carried over by the rule
 that belongs to the optimizer. Where the two agree within a factor of 2, trials at the small batch stand for the large.
@@ -28,18 +28,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
-from ray.tune.schedulers import ASHAScheduler
 
 from jobs.recommender import clicks
 from jobs.vision import mlp
 from orchestrator.job import Job
-from orchestrator.launching.halving import PARTS, RULE, WORST
-from orchestrator.launching.trials import SHARES
+from orchestrator.scheduling.halving import SHARES, Standing, goes_on, goes_on_at_last
 from orchestrator.scheduling.learning_rate import scale
 from orchestrator.scheduling.schedule import factor
 from orchestrator.scheduling.search_space import draw, parse_search
@@ -50,9 +46,9 @@ from orchestrator.training.optimizer import add_penalties, build_optimizer, resc
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 LOW, HIGH, APART = 1e-4, 1.0, math.sqrt(2)
 GRID = [LOW * APART**n for n in range(1 + round(math.log(HIGH / LOW, APART)))]
-TRIALS = 16
+TRIALS = 24
 LARGER = 4
-EVALUATIONS = 16
+EVALUATIONS = 9
 """Of a whole trial, evenly spread: at each a search may see how far it is."""
 
 
@@ -154,19 +150,19 @@ def _mean(grids: list[dict[float, float]]) -> dict[float, float]:
 
 
 def search(job: Job, seed: int) -> Searched:
-    """ASHA, as `tune` has it."""
+    """Asynchronous successive halving, as `tune` does it."""
     (space,) = parse_search([f"optimizer.learning_rate=loguniform({LOW},{HIGH})"], job.config)
     rates = [float(drawn[space.field]) for drawn in draw([space], TRIALS, seed)]
     trials = {rate: Trial(job, rate, seed=seed) for rate in rates}
-    asha = ASHAScheduler(metric="loss", mode="min", **RULE)
-    for rate, trial in trials.items():
-        known: Any = SimpleNamespace(trial_id=str(rate))
-        nobody: Any = None
-        asha.on_trial_add(nobody, known)
-        for share in SHARES:
-            loss = min(trial.run_to(share).best, WORST)
-            if asha.on_trial_result(nobody, known, {"parts": PARTS * share, "loss": loss}) == ASHAScheduler.STOP:
-                break
+    standings = {str(rate): Standing(str(rate), ()) for rate in rates}
+
+    def due() -> Standing | None:
+        found = list(standings.values())
+        return goes_on(found) or next((one for one in found if not one.losses), None) or goes_on_at_last(found)
+
+    while (one := due()) is not None:
+        loss = trials[float(one.name)].run_to(SHARES[len(one.losses)]).best
+        standings[one.name] = Standing(one.name, (*one.losses, loss))
     return Searched(min(rates, key=lambda rate: trials[rate].best), sum(trial.samples for trial in trials.values()))
 
 

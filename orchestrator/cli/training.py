@@ -159,7 +159,7 @@ def tune(
     range_test: Annotated[
         bool, typer.Option(help="Only let the learning rate rise in one short run, and suggest one.")
     ] = False,
-    trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 16,
+    trials: Annotated[int, typer.Option(metavar="N", help="Settings to try.")] = 12,
     metric: Annotated[str, typer.Option(metavar="NAME", help="What to compare by.")] = "loss",
     mode: Annotated[
         str | None,

@@ -1,8 +1,8 @@
 """The trials of a search: their settings, how far each has come and what came of it, as its folder holds them.
 
-``FOLDER/settings/NAME.json`` holds what was set, ``FOLDER/runs/NAME`` the run. What ended a trial before its length is
-beside its settings: ``NAME.left.json`` where others were better, ``NAME.failed.json`` where its settings or the job's
-code did not work, ``NAME.lost.json`` where the machine failed it.
+``FOLDER/settings/NAME.json`` holds what was set, ``FOLDER/runs/NAME`` the run. What broke a trial lies beside its
+settings: in ``NAME.failed.json`` where these or the job's code did not work, in ``NAME.lost.json`` where the machine
+failed it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.scheduling.halving import SHARES, Standing
 from orchestrator.storage.folder import RunFolder, read_json, write_json
 from orchestrator.telemetry.records import Record, read
 
-__all__ = ["FACTOR", "SHARES", "Judged", "Trial", "Trials"]
+__all__ = ["Judged", "Trial", "Trials"]
 
-FACTOR = 4
-SHARES = (1 / 16, 1 / 4, 1.0)
-"""Of its length, after which a trial is judged: about one of ``FACTOR`` goes on."""
-
-How = Literal["left", "failed", "lost"]
+How = Literal["failed", "lost"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Trials:
         write_json(self._path(name), {field: _text(value) for field, value in settings.items()})
 
     def end(self, name: str, how: How, why: str) -> None:
-        """Write down that a trial ended before its length."""
+        """Write down that a trial broke."""
         write_json(self._path(name, how), {"error": why})
 
     def begin(self, name: str) -> None:
@@ -77,7 +74,7 @@ class Trials:
         self._path(name, "lost").unlink(missing_ok=True)
 
     def why(self, name: str, *hows: How) -> str | None:
-        """Why a trial ended in one of those ways; None if it did not."""
+        """Why a trial broke in one of those ways; None if it did not."""
         found = (read_json(self._path(name, how)) for how in hows)
         return next((str(one["error"]) for one in found if one is not None), None)
 
@@ -86,13 +83,24 @@ class Trials:
         for how in ("failed", "lost"):
             if self._path(name, how).exists():
                 return how
-        if self._finished(name):
-            return "finished"
-        return "ended early" if self._path(name, "left").exists() else "lost"
+        return "finished" if self._finished(name) else "ended early"
 
-    def is_done(self, name: str) -> bool:
-        """Whether nothing of it is left to do; one that was lost is tried again."""
-        return self.state(name) != "lost"
+    def standing(self, name: str, *, running: bool = False) -> Standing:
+        """How it stands by the metric, where more of that is better by its negative.
+
+        One evaluation past two rungs counts at both, so that a trial that is evaluated seldom need not be among the
+        best twice by the same value. One without a value, or that failed on its way to a rung, is the worst there.
+        """
+        broke = self.why(name, "failed", "lost") is not None
+        losses = []
+        for share in SHARES:
+            judged = self.judged(name, share)
+            if judged is None:
+                break
+            losses.append(math.inf if judged.best is None else -judged.best if self.grows else judged.best)
+        if self.why(name, "failed") is not None and len(losses) < len(SHARES):
+            losses.append(math.inf)
+        return Standing(name, tuple(losses), may_go_on=not (broke or running))
 
     def judged(self, name: str, share: float) -> Judged | None:
         """What a trial is judged by after ``share`` of its length; None if it has not come so far.

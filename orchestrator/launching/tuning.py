@@ -1,13 +1,12 @@
 """What `tune` does: runs of a job with other settings, many at a time, the poor ones ended early.
 
-Ray Tune places the trials and judges them by ASHA, asynchronous successive halving: after a sixteenth and after a
-quarter of its length a trial goes on if it is in the best quarter of those that have come so far. For that its run
-saves and stops, as any run does, and gives back what it held; a trial that is left is not killed while it trains.
+Ray Tune places the trials, and asynchronous successive halving says which: after a ninth and after a third of its
+length a trial goes on if it is in the best quarter of those that have come so far. Until then it is no process: its run
+has saved and stopped, as any run can be, and given back what it held.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ from orchestrator.job import load
 from orchestrator.launching import driver
 from orchestrator.launching.cluster import RayCluster, address_of
 from orchestrator.launching.preflight import RunRequest, prepare, run_root
-from orchestrator.launching.trials import SHARES, Judged, Trial, Trials
+from orchestrator.launching.trials import Trial, Trials
 from orchestrator.planning.cluster import ClusterShape
 from orchestrator.planning.plan import Plan
+from orchestrator.scheduling.halving import SHARES
 from orchestrator.scheduling.metric_direction import direction_of
 from orchestrator.scheduling.search_space import Range, draw, parse_search
 from orchestrator.storage.folder import read_json, write_json, write_text
@@ -50,7 +50,7 @@ class TuneRequest:
     search: tuple[str, ...]
     args: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    trials: int = 16
+    trials: int = 12
     metric: str = "loss"
     mode: str | None = None
     """"min" or "max", which of the metric's values is the best; None: as its name says."""
@@ -92,7 +92,7 @@ class Tuned:
 
 
 def tune(request: TuneRequest, listener: driver.Listener) -> Tuned:
-    """Try ``request.trials`` settings by ASHA; the same command again goes on after a crash.
+    """Try ``request.trials`` settings by halving; the same command again goes on after a crash.
 
     Every trial is a run like any other, in ``<checkpoint.uri>/tune-<name>/runs/<trial>``: its checkpoints let it go on.
 
@@ -188,37 +188,29 @@ def _together(config: RunConfig, shape: ClusterShape) -> int:
 def _fit(
     request: TuneRequest, ranges: Sequence[Range], trials: Trials, together: int, tell: Callable[[str], None]
 ) -> None:
-    """Run every trial that is not done yet, those that have come furthest first: others are held against them.
-
-    Raises:
-        Exception: what a trial ended by in a way that nobody foresaw.
-    """
+    """Run all that is to be run; what the trials wrote down themselves says how far each has come."""
     from ray import tune as ray_tune
 
-    from orchestrator.launching.halving import Halving, Settings
+    from orchestrator.launching.asha import Halving
 
     known = _written_down(request, ranges, trials)
-    due = sorted((name for name in known if not trials.is_done(name)), key=lambda name: (-trials.progress(name), name))
-    drawn = request.trials - len(known)
-    if not due and not drawn:
-        return
+    for name in known:
+        trials.begin(name)
+    more = _optuna(request, ranges, trials) if len(known) < request.trials else None
 
     def trial(chosen: dict[str, Any]) -> None:
-        run_trial(request, trials, chosen["trial"], ray_tune.report)
+        run_trial(request, trials, chosen["trial"], chosen["share"])
 
-    tuner = ray_tune.Tuner(
+    ray_tune.Tuner(
         # A trial's workers take what they need by themselves; Ray Tune wants it to take something.
         ray_tune.with_resources(trial, {"memory": 1}),
         tune_config=ray_tune.TuneConfig(
-            num_samples=len(due) + drawn,
+            num_samples=request.trials * len(SHARES),  # at most
             max_concurrent_trials=together,
-            search_alg=Settings(due, trials, _optuna(request, ranges, trials) if drawn else None),
-            scheduler=Halving(trials, tell),
+            search_alg=Halving(trials, request.trials, more, tell),
         ),
         run_config=ray_tune.RunConfig(name="search", storage_path=str(trials.folder / "ray"), verbose=0),
-    )
-    for error in tuner.fit().errors:
-        raise error
+    ).fit()
 
 
 def _written_down(request: TuneRequest, ranges: Sequence[Range], trials: Trials) -> list[str]:
@@ -268,27 +260,8 @@ def _value(found: Range, text: str) -> Any:
     return min(max(int(text) if found.kind == "randint" else float(text), low), high)
 
 
-def run_trial(request: TuneRequest, trials: Trials, name: str, report: Callable[[dict[str, Any]], Any]) -> None:
-    """Run a trial, in the process that Ray Tune gave it, and stop where it is judged; ``report`` ends it there or not.
-
-    What it had run before the search was interrupted is reported again as it was.
-    """
-    from orchestrator.launching.halving import result_of
-
-    for share, next_share in zip(SHARES, (*SHARES[1:], math.inf), strict=True):
-        judged = trials.judged(name, share)
-        if judged is None:
-            _run_to(request, trials, name, share)
-            judged = trials.judged(name, share)
-        if judged is None or trials.why(name, "failed", "lost") is not None:
-            report(result_of(trials, name, Judged(max(share, trials.progress(name)), None)))
-            return
-        if judged.share < next_share:  # or the same evaluation is what it is judged by then
-            report(result_of(trials, name, judged))
-
-
-def _run_to(request: TuneRequest, trials: Trials, name: str, share: float) -> None:
-    """Run a trial on to the first evaluation past ``share`` of its length, and write down how it broke, if it does."""
+def run_trial(request: TuneRequest, trials: Trials, name: str, share: float) -> None:
+    """Run a trial on to the first evaluation past ``share`` of its length, in the process that Ray Tune gave it."""
     overrides = [*request.overrides, *(f"{field}={value}" for field, value in trials.settings(name).items())]
     overrides += [f"name={name}", f"checkpoint.uri={trials.folder / 'runs'}"]
     trial = RunRequest(
@@ -299,7 +272,6 @@ def _run_to(request: TuneRequest, trials: Trials, name: str, share: float) -> No
         probe=False,
         pause_share=share if share < 1.0 else None,
     )
-    trials.begin(name)
     try:
         driver.run(trial, _Silent())
     except OWN_FAULT as error:  # a setting that diverges is a result, and no reason to end the search

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from commands import TIMEOUT_S, end_family, environment, in_this_process, losses, records
+from search_folders import has_run, trials_in
 
 from orchestrator.config import ScaleConfig
 from orchestrator.errors import (
@@ -30,11 +29,11 @@ from orchestrator.errors import (
 )
 from orchestrator.job import load
 from orchestrator.launching import tuning
-from orchestrator.launching.halving import WORST, Halving, Settings, result_of
 from orchestrator.launching.preflight import RunRequest
-from orchestrator.launching.trials import Trial, Trials
+from orchestrator.launching.trials import Trial
 from orchestrator.launching.tuning import Tuned, TuneRequest, _together
 from orchestrator.planning.cluster import ClusterShape
+from orchestrator.scheduling.halving import Standing
 from orchestrator.scheduling.search_space import Range, parse_search
 from orchestrator.storage.folder import write_json
 
@@ -126,21 +125,6 @@ def ranges_of(made: TuneRequest) -> tuple[Range, ...]:
     return parse_search(made.search, load(MLP).config)
 
 
-def trials_in(folder: Path, metric: str = "loss", *, grows: bool = False) -> Trials:
-    (folder / "settings").mkdir(exist_ok=True)
-    return Trials(folder, metric, grows)
-
-
-def has_run(trials: Trials, name: str, losses: Sequence[float], *, of: int = 16, state: str = "stopped") -> None:
-    """Leave the records of a trial that was evaluated after each of ``of`` equal parts, as far as there are losses."""
-    run = trials.run(name)
-    run.root.mkdir(parents=True, exist_ok=True)
-    write_json(run.plan, {"length": 10.0 * of})
-    records = [{"step": n, "progress": 10.0 * n, "metrics": {"loss": loss}} for n, loss in enumerate(losses, start=1)]
-    run.evaluations.write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_json(run.summary, {"state": state})
-
-
 def test_settings_are_drawn_once_and_written_down(tmp_path: Path) -> None:
     made, trials = request(), trials_in(tmp_path)
     names = tuning._written_down(made, ranges_of(made), trials)
@@ -172,28 +156,19 @@ def test_only_what_a_trial_did_wrong_itself_is_final(
 
     made, trials, name = request(), trials_in(tmp_path), "trial-000"
     trials.keep(name, {"seed": 3})
-    reported: list[dict[str, Any]] = []
 
     def ends(*_: object) -> None:
         raise error
 
-    def finishes(*_: object) -> None:
-        has_run(trials, name, [0.5], of=1, state="finished")
-
     monkeypatch.setattr(tuning.driver, "run", ends)
-    tuning.run_trial(made, trials, name, reported.append)
+    tuning.run_trial(made, trials, name, 1.0)
     assert [trial.state for trial in trials.ranked()] == [state]
-    assert trials.is_done(name) is (state == "failed")
-    assert [(result["parts"], result["value"]) for result in reported] == [(1.0, WORST)]
+    assert trials.standing(name) == Standing(name, (math.inf,) if state == "failed" else (), may_go_on=False)
     said = tuning._nothing_measured(trials)
     assert type(said) is (ConfigError if state == "failed" else WorkerLostError)
     assert str(error) in str(said)
-    if state == "lost":
-        monkeypatch.setattr(tuning.driver, "run", finishes)
-        tuning.run_trial(made, trials, name, reported.append)
-        (trial,) = trials.ranked()
-        assert (trial.state, trial.best) == ("finished", 0.5)
-        assert [(result["parts"], result["value"]) for result in reported[1:]] == [(16.0, 0.5)]
+    trials.begin(name)
+    assert trials.standing(name).may_go_on is (state == "lost")
 
 
 def test_settings_that_a_crash_kept_from_being_written_are_drawn_again(tmp_path: Path) -> None:
@@ -206,126 +181,19 @@ def test_settings_that_a_crash_kept_from_being_written_are_drawn_again(tmp_path:
     assert [trials.settings(name) for name in names] == settings
 
 
-def test_a_trial_runs_to_where_it_is_judged_and_what_it_had_run_is_only_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, trials, name = request(), trials_in(tmp_path), "trial-000"
-    trials.keep(name, {"seed": 3})
-    has_run(trials, name, [0.9, 0.8])  # an eighth, and then the search was killed
-    shares: list[float | None] = []
-
-    def runs(asked: RunRequest, _: object) -> None:
-        shares.append(asked.pause_share)
-        parts = 4 if asked.pause_share else 16
-        has_run(trials, name, [1.0 - n / 20 for n in range(parts)], state="stopped" if parts == 4 else "finished")
-
-    reported: list[dict[str, Any]] = []
-    monkeypatch.setattr(tuning.driver, "run", runs)
-    tuning.run_trial(made, trials, name, reported.append)
-    assert shares == [0.25, None]
-    assert [result["parts"] for result in reported] == [1.0, 4.0, 16.0]
-    assert [result["value"] for result in reported] == pytest.approx([0.9, 0.85, 0.25])
-    assert [result["went_on"] for result in reported] == [True, False, False]
-
-
-def test_one_evaluation_past_two_shares_is_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a trial that is evaluated seldom would have to be the best twice by the same value."""
-    trials, reported = trials_in(tmp_path), []  # type: ignore[var-annotated]
-    trials.keep("trial-000", {"seed": 3})
-    has_run(trials, "trial-000", [0.5, 0.4], of=2, state="finished")
-    tuning.run_trial(request(), trials, "trial-000", reported.append)
-    assert [(result["parts"], result["value"]) for result in reported] == [(8.0, 0.5), (16.0, 0.4)]
-
-
-# -- who goes on -------------------------------------------------------------------------------
-
-
-def judge(halving: Halving, trials: Trials, name: str, share: float) -> str:
-    judged = trials.judged(name, share)
-    assert judged is not None
-    trial = SimpleNamespace(trial_id=f"ray-{name}")
-    if name not in halving.seen:  # type: ignore[attr-defined]
-        halving.on_trial_add(None, trial)
-        halving.seen.add(name)  # type: ignore[attr-defined]
-    return halving.on_trial_result(None, trial, result_of(trials, name, judged))
-
-
-def halving_of(trials: Trials, told: list[str]) -> Halving:
-    made = Halving(trials, told.append)
-    made.seen = set()  # type: ignore[attr-defined]
-    return made
-
-
-@pytest.mark.parametrize("grows", [False, True])
-def test_the_best_quarter_goes_on_and_the_others_are_left(tmp_path: Path, grows: bool) -> None:
-    trials, told = trials_in(tmp_path, grows=grows), []  # type: ignore[var-annotated]
-    halving = halving_of(trials, told)
-    values = [5.0, 4.0, 6.0, 3.0, 4.5, 2.0]
-    for index, value in enumerate(values):
-        trials.keep(f"trial-{index:03d}", {"seed": index})
-        has_run(trials, f"trial-{index:03d}", [-value if grows else value])
-    actions = [judge(halving, trials, f"trial-{index:03d}", 1 / 16) for index in range(len(values))]
-    # Against the best quarter of those before: nobody, 5, 4.25, 4.5, 3.75, 4.
-    assert actions == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE", "STOP", "CONTINUE"]
-    assert [trials.state(f"trial-{index:03d}") for index in (2, 4)] == ["ended early"] * 2
-    assert [trials.is_done(f"trial-{index:03d}") for index in range(6)] == [False, False, True, False, True, False]
-    sign = "-" if grows else ""
-    assert told[:3] == [
-        f"trial-000: loss {sign}5 after 6%, goes on",
-        f"trial-001: loss {sign}4 after 6%, goes on",
-        f"trial-002: loss {sign}6 after 6%, ends here",
-    ]
-
-
-def test_a_search_that_goes_on_holds_new_trials_against_what_is_known(tmp_path: Path) -> None:
-    trials, told = trials_in(tmp_path), []  # type: ignore[var-annotated]
-    for name, values, state in (
-        ("trial-000", [1.0] * 16, "finished"),
-        ("trial-001", [2.0], "stopped"),
-        ("trial-002", [0.9] * 4, "stopped"),  # it had gone on, and was killed before it was judged again
-        ("trial-003", [1.5], "stopped"),
-    ):
-        trials.keep(name, {"seed": 1})
-        has_run(trials, name, values, state=state)
-    trials.end("trial-001", "left", "others were better")
-    halving = halving_of(trials, told)
-    assert judge(halving, trials, "trial-002", 1 / 16) == "CONTINUE"
-    assert told == [], "that was decided before"
-    assert judge(halving, trials, "trial-002", 1 / 4) == "CONTINUE"
-    assert judge(halving, trials, "trial-003", 1 / 16) == "STOP"
-    assert told == ["trial-002: loss 0.9 after 25%, goes on", "trial-003: loss 1.5 after 6%, ends here"]
-    assert pickle.loads(pickle.dumps(halving))._tell is None
-
-
-def test_a_trial_that_broke_says_why_and_counts_as_the_worst(tmp_path: Path) -> None:
-    trials, told = trials_in(tmp_path), []  # type: ignore[var-annotated]
-    halving = halving_of(trials, told)
-    for name in ("trial-000", "trial-001"):
-        trials.keep(name, {"seed": 1})
-        has_run(trials, name, [1.0 if name == "trial-000" else math.nan])
-    assert judge(halving, trials, "trial-000", 1 / 16) == "CONTINUE"
-    trials.end("trial-001", "failed", "the loss is nan\nat step 3")
-    assert judge(halving, trials, "trial-001", 1 / 16) == "STOP"
-    assert told[1] == "trial-001: ended: the loss is nan"
-    assert trials.state("trial-001") == "failed"
-    assert [trial.best for trial in trials.ranked()] == [1.0, None]
-
-
-def test_trials_that_are_known_come_first_and_a_searcher_hears_only_of_its_own(tmp_path: Path) -> None:
-    trials, heard = trials_in(tmp_path), []  # type: ignore[var-annotated]
-    trials.keep("trial-000", {"seed": 1})
-    draws: Any = SimpleNamespace(
-        suggest=lambda _: {"recipe.optimizer.learning_rate": 0.123456789},
-        on_trial_complete=lambda *words: heard.append(words),
+def test_a_trial_runs_to_the_share_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, trials = request(), trials_in(tmp_path)
+    trials.keep("trial-000", {"recipe.optimizer.learning_rate": 0.123456789})
+    asked: list[RunRequest] = []
+    monkeypatch.setattr(tuning.driver, "run", lambda request, _: asked.append(request))
+    for share in (1 / 3, 1.0):
+        tuning.run_trial(made, trials, "trial-000", share)
+    assert [one.pause_share for one in asked] == [1 / 3, None]
+    assert asked[0].overrides == (
+        "recipe.optimizer.learning_rate=0.123457",
+        "name=trial-000",
+        f"checkpoint.uri={tmp_path / 'runs'}",
     )
-    settings = Settings(["trial-000"], trials, draws)
-    assert [settings.suggest(number) for number in ("a", "b")] == [{"trial": "trial-000"}, {"trial": "trial-001"}]
-    assert trials.settings("trial-001") == {"recipe.optimizer.learning_rate": "0.123457"}
-    for number in ("a", "b"):
-        settings.on_trial_complete(number, {"value": 0.5})
-    assert heard == [("b", {"value": 0.5}, False)]
-    assert Settings(["trial-000"], trials).suggest("a") == {"trial": "trial-000"}
-    assert Settings([], trials).suggest("a") == Settings.FINISHED
 
 
 def test_optuna_too_is_offered_only_batches_that_the_workers_can_share() -> None:
@@ -393,11 +261,8 @@ def test_a_search_that_is_killed_goes_on_where_it_was_and_finds_a_rate_that_work
     found = json.loads(out)
     trials = found["trials"]
     assert len(trials) == 3
-    states = [trial["state"] for trial in trials]
-    assert set(states) <= {"finished", "ended early"}
-    assert "finished" in states, "the first to be judged has nobody to be held against"
-    for trial in trials:
-        assert round(trial["progress"], 2) in ((1.0,) if trial["state"] == "finished" else (0.34, 0.67))
+    ways = sorted((trial["state"], round(trial["progress"], 2)) for trial in trials)
+    assert ways == [("ended early", 0.34), ("ended early", 0.34), ("finished", 1.0)]
     best = [trial["best"] for trial in trials]
     assert best == sorted(best, reverse=True)
     assert best[0] > 0.8
