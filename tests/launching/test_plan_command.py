@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import environment
 
 from orchestrator.telemetry import human
 
@@ -174,3 +177,26 @@ def test_the_remedy_for_a_pinned_accumulation_is_no_contradiction(say: Say) -> N
     for change in said.split(" and "):
         words += ["--set", change]
     assert as_json(say, *words)["fits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "cluster", "most_s"),
+    [(32, 4096, 32, ("8", "a100-40gb"), 20.0), (80, 8192, 64, ("64", "h100-80gb"), 40.0)],
+    ids=["7B", "70B"],
+)
+def test_the_largest_models_are_planned_on_a_laptop(
+    tmp_path: Path, layers: int, width: int, heads: int, cluster: tuple[str, str], most_s: float
+) -> None:
+    """In 4 GiB at most; in so much processor time, which does not hang on what else the machine does."""
+    sizes = [f"layers={layers}", f"width={width}", f"heads={heads}", "sequence=2048", "vocabulary=50368"]
+    words = ["jobs.language:gpt", *(word for size in sizes for word in ("--arg", size)), "--workers", cluster[0]]
+    with (tmp_path / "plan.json").open("wb") as out:
+        command = [sys.executable, "-m", "orchestrator", "plan", *words, "--accelerator", cluster[1], "--json"]
+        process = subprocess.Popen(command, stdout=out, env=environment(tmp_path), cwd=tmp_path)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"]
+    assert used.ru_maxrss * 1024 < 4 * 2**30
+    assert used.ru_utime + used.ru_stime < most_s
