@@ -36,7 +36,8 @@ ELSEWHERE = "s3"  # the host without Ray: Redis is there, and whoever submits
 TOKEN = "three-hosts-0123456789"
 RUN = ("jobs.vision:digits", "--set", "policy.name=fixed", "--set", "scale.workers=2")
 # As the chart sets them: work waits for the head, a job that is stopped may save, and the driver is not on the head.
-HEAD_MAY_GO = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
+# It waits longer here than there: a head may have to be started three times (see start_head).
+HEAD_MAY_GO = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
 DRIVER_ELSEWHERE = ("--driver-cpus", "1")
 
 
