@@ -31,6 +31,7 @@ class Halving(Searcher):
         self._tell = tell
         self._running: dict[str, tuple[str, int]] = {}
         self._drawn: set[str] = set()
+        self._waits = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune writes it down for a restore of its own, which a search does not need; nobody listens there."""
@@ -38,6 +39,8 @@ class Halving(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's name and the share of its length to run it to; None where that hangs on those that run."""
+        if self._waits:
+            return None
         standings = self._standings()
         if (found := goes_on(standings)) is not None:
             came = sum(len(one.losses) >= len(found.losses) for one in standings)
@@ -48,6 +51,7 @@ class Halving(Searcher):
         if len(standings) < self._count:
             return self._draw(trial_id)
         if self._running:
+            self._waits = True  # until one ends: Ray Tune asks many times a second
             return None
         if (found := goes_on_at_last(standings)) is not None:
             self._tell(f"{found.name} goes on: the best of all")
@@ -57,6 +61,7 @@ class Halving(Searcher):
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
         """Say what came of it, to the searcher as well that drew it."""
         name, rung = self._running.pop(trial_id)
+        self._waits = False
         judged = self._trials.judged(name, SHARES[rung])
         if error:
             self._trials.end(name, "lost", f"its process failed: see {self._trials.folder / 'ray' / 'search'}")
