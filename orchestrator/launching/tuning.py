@@ -237,17 +237,17 @@ def _domain(found: Range) -> Any:
 
 
 def _optuna(request: TuneRequest, ranges: Sequence[Range], trials: Trials) -> Any:
-    """Optuna's search, told what earlier trials of this search found, for one that goes on after a crash."""
+    """Optuna's search, told what earlier trials had at their first rung, as it is told of the others while it runs."""
     from ray.tune.search.optuna import OptunaSearch
 
     names = trials.names()
-    known = [one for one in trials.ranked() if one.best is not None and one.state in ("finished", "ended early")]
+    known = {name: found.best for name in names if (found := trials.judged(name, SHARES[0])) and found.best is not None}
     return OptunaSearch(
         space={found.field: _domain(found) for found in ranges},
         metric="value",
         mode="max" if trials.grows else "min",
-        points_to_evaluate=[{r.field: _value(r, trial.settings[r.field]) for r in ranges} for trial in known],
-        evaluated_rewards=[trial.best for trial in known],
+        points_to_evaluate=[{r.field: _value(r, trials.settings(name)[r.field]) for r in ranges} for name in known],
+        evaluated_rewards=list(known.values()),
         seed=request.seed + len(names),  # the same seed would begin with the same settings again
     )
 

@@ -8,6 +8,7 @@ may be later, when more have come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,13 @@ class Standing:
 
     name: str
     losses: tuple[float, ...]
-    """At each rung that it has come to, the lowest first; less is better, and infinity is that of one that broke."""
+    """At each rung that it has come to, the lowest first; infinity where it measured nothing or broke."""
     may_go_on: bool = True
     """Not if it is running, or broke."""
+
+    def may_leave(self, rung: int) -> bool:
+        """Whether it stands at this rung, with a value, and may go on."""
+        return self.may_go_on and len(self.losses) == rung + 1 < len(SHARES) and self.losses[rung] < math.inf
 
 
 def goes_on(standings: Sequence[Standing]) -> Standing | None:
@@ -34,7 +39,7 @@ def goes_on(standings: Sequence[Standing]) -> Standing | None:
     for rung in reversed(range(len(SHARES) - 1)):
         came = sorted((one for one in standings if len(one.losses) > rung), key=lambda one: one.losses[rung])
         for one in came[: len(came) // FACTOR]:
-            if one.may_go_on and len(one.losses) == rung + 1:
+            if one.may_leave(rung):
                 return one
     return None
 
@@ -44,5 +49,5 @@ def goes_on_at_last(standings: Sequence[Standing]) -> Standing | None:
     furthest = max((len(one.losses) for one in standings), default=0)
     if furthest == len(SHARES) and any(len(one.losses) == furthest and one.may_go_on for one in standings):
         return None
-    able = [one for one in standings if one.may_go_on and 0 < len(one.losses) < len(SHARES)]
+    able = [one for one in standings if one.may_leave(len(one.losses) - 1)]
     return min(able, key=lambda one: (-len(one.losses), one.losses[-1]), default=None)

@@ -16,7 +16,7 @@ from search_folders import has_run, trials_in
 
 from orchestrator.launching.asha import Halving
 from orchestrator.launching.trials import Trials
-from orchestrator.scheduling.halving import FACTOR, SHARES, Standing, goes_on
+from orchestrator.scheduling.halving import FACTOR, SHARES, Standing, goes_on, goes_on_at_last
 
 
 def test_a_trial_stands_by_the_best_value_up_to_each_rung(tmp_path: Path) -> None:
@@ -131,6 +131,12 @@ def test_the_highest_rung_goes_first() -> None:
     found = goes_on([*low, *high[1:]])
     assert found is not None
     assert found.name == "low-0", "one of three is no quarter"
+
+
+def test_what_measured_nothing_does_not_go_on() -> None:
+    nothing = [Standing(f"trial-{index}", (math.inf,)) for index in range(FACTOR)]
+    assert goes_on(nothing) is goes_on_at_last(nothing) is None
+    assert goes_on([*nothing, Standing("one", (1.0,))]) == Standing("one", (1.0,))
 
 
 def test_a_trial_that_breaks_goes_on_no_more_and_another_does(tmp_path: Path) -> None:
