@@ -61,6 +61,7 @@ class Mirror:
         sent = self._sent[name]
         with (self._folder / name).open("rb") as file:
             blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
+            blocks = max(blocks, min(len(sent), 1))  # cut to nothing it is empty, or a new reader keeps its old copy
             for index in reversed(range(blocks, len(sent))):
                 self._store.delete(_key(name, index))
                 del sent[index]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import FencedError, StorageUnavailableError
@@ -36,6 +36,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
+@example([("add", 1), "push", "pull", "other reader", ("cut", 0)])
 def test_a_replica_holds_a_beginning_of_the_file(steps: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "BLOCK_BYTES", 16)
